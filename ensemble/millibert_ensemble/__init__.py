@@ -1,0 +1,1 @@
+"""Everything that runs inside the server, and the server itself."""
