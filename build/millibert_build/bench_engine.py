@@ -1,0 +1,133 @@
+"""Packed against padded: the same weights, engine, precision and texts, in one run, in process.
+
+example:
+  millibert bench-engine --checkpoint .millibert/banking77/checkpoint --data test.csv --text-column text
+
+Texts are taken in their order in the file. The padded graph pads each batch to its longest text, and is the same
+code with the same fused products; only the layout differs. The two take turns, round by round, and the ratio is
+the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from millibert._errors import UsageError
+from millibert_ensemble.models.bert.packing import pack
+from millibert_ensemble.models.bert.threads import cpu_limit
+from tqdm import tqdm
+
+from millibert_build.engine import available_precisions, open_engine
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `millibert bench-engine`."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a fine-tuned checkpoint")
+    parser.add_argument("--data", required=True, metavar="FILE", help="texts, labelled or not")
+    parser.add_argument("--text-column", default="text", metavar="NAME")
+    parser.add_argument("--engine", choices=("openvino", "onnxruntime"), default="openvino")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="texts of a batch (default: 32)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit status."""
+    batches = _batches(args)
+    with tempfile.TemporaryDirectory() as folder:
+        packed, padded = _export(args.checkpoint, args.max_tokens, Path(folder))
+        precisions = available_precisions(args.engine, packed)
+        rows = [_measure(args, precision, packed, padded, batches) for precision in precisions]
+    report = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": cpu_limit(),
+        "engine": args.engine,
+        "batch": args.batch,
+        "texts": sum(map(len, batches)),
+        "rounds": args.rounds,
+        "results": rows,
+    }
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(f"{args.engine}, {report['threads']} threads, {report['texts']} texts in batches of {args.batch}")
+    print(f"{'precision':<10} {'padded texts/s':>15} {'packed texts/s':>15} {'ratio':>6} {'max |Δlogit|':>13}")
+    for row in rows:
+        print(
+            f"{row['precision']:<10} {row['padded']:>15,.0f} {row['packed']:>15,.0f} {row['ratio']:>6.2f} "
+            f"{row['max_logit_difference']:>13.1e}"
+        )
+    return 0
+
+
+Batch = Sequence[Sequence[int]]
+
+
+def _batches(args: argparse.Namespace) -> list[Batch]:
+    from millibert_build.dataset import load_texts
+    from millibert_build.tokens import limited, load_tokenizer, token_ids
+
+    if not (args.checkpoint / "config.json").is_file():
+        raise UsageError(f"{args.checkpoint}: not a checkpoint; `millibert build` keeps them in its --work folder")
+    tokenizer = limited(load_tokenizer(str(args.checkpoint)), args.max_tokens)
+    ids = token_ids(tokenizer, load_texts(args.data, args.text_column))
+    return [ids[start : start + args.batch] for start in range(0, len(ids), args.batch)]
+
+
+def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path]:
+    from transformers import AutoModelForSequenceClassification
+
+    from millibert_build.export import export_packed, export_padded
+
+    packed, padded = folder / "packed.onnx", folder / "padded.onnx"
+    for export, path in ((export_packed, packed), (export_padded, padded)):
+        export(AutoModelForSequenceClassification.from_pretrained(checkpoint), max_tokens, path)
+    return packed, padded
+
+
+def _measure(
+    args: argparse.Namespace, precision: str, packed: Path, padded: Path, batches: Sequence[Batch]
+) -> dict[str, float | str]:
+    layouts: dict[str, Callable[[], np.ndarray]] = {}
+    for name, path, arrange in (("padded", padded, _pad), ("packed", packed, _pack)):
+        layouts[name] = _runner(open_engine(args.engine, path, precision).infer, arrange, batches)
+    logits = {name: run() for name, run in layouts.items()}  # the warm-up, too
+    seconds: dict[str, list[float]] = {name: [] for name in layouts}
+    for _ in tqdm(range(args.rounds), desc=precision, disable=None, leave=False):
+        for name, run_layout in layouts.items():
+            start = time.perf_counter()
+            run_layout()
+            seconds[name].append(time.perf_counter() - start)
+    texts = sum(map(len, batches))
+    ratios = [slow / fast for slow, fast in zip(seconds["padded"], seconds["packed"], strict=True)]
+    return {
+        "precision": precision,
+        "padded": texts / statistics.median(seconds["padded"]),
+        "packed": texts / statistics.median(seconds["packed"]),
+        "ratio": statistics.median(ratios),
+        "max_logit_difference": float(np.abs(logits["packed"] - logits["padded"]).max()),
+    }
+
+
+def _runner(infer: Callable, arrange: Callable, batches: Sequence[Batch]) -> Callable[[], np.ndarray]:
+    return lambda: np.concatenate([infer(arrange(batch)) for batch in batches])
+
+
+def _pack(batch: Batch) -> dict[str, np.ndarray]:
+    return pack([np.array([row], np.int32) for row in batch])
+
+
+def _pad(batch: Batch) -> dict[str, np.ndarray]:
+    ids = np.zeros((len(batch), max(map(len, batch))), np.int32)
+    for row, text in zip(ids, batch, strict=True):
+        row[: len(text)] = text
+    return {"input_ids": ids}

@@ -1,0 +1,70 @@
+"""Checkpoint to ONNX: the packed or the padded graph, dynamic in texts, tokens and longest length."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from millibert_build.packed_bert import PackedBert, PaddedBert
+
+# The newest operator set and file format that TensorRT 10.9 and 11 both read.
+OPSET = 20
+MAX_IR = 10
+
+PACKED_INPUTS = ("input_ids", "lengths", "max_length", "span")
+OUTPUT = "logits"
+
+
+def export_packed(model: PreTrainedModel, max_tokens: int, path: Path) -> None:
+    """Write the packed graph; see `PackedBert` for its inputs."""
+    lengths = torch.tensor([5, 7, 3], dtype=torch.int32)
+    arguments = (
+        torch.arange(1, 16, dtype=torch.int32),
+        lengths,
+        torch.zeros(7, dtype=torch.float32),
+        torch.zeros(4, dtype=torch.int32),
+    )
+    dims = ("tokens", "texts", "longest", "span")
+    shapes = {name: {0: Dim(dim)} for name, dim in zip(PACKED_INPUTS, dims, strict=True)}
+    _export(PackedBert(model, max_tokens), arguments, shapes, path)
+
+
+def export_padded(model: PreTrainedModel, max_tokens: int, path: Path) -> None:
+    """Write the padded graph; see `PaddedBert` for its input."""
+    ids = torch.ones((3, 7), dtype=torch.int32)
+    _export(PaddedBert(model, max_tokens), (ids,), {"input_ids": {0: Dim("texts"), 1: Dim("longest")}}, path)
+
+
+def _export(
+    graph: torch.nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+    shapes: dict[str, dict[int, Dim]],
+    path: Path,
+) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # The exporter warns of its own internals; what concerns us is checked on the result.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph.eval(),
+            arguments,
+            path,
+            dynamo=True,
+            input_names=list(shapes),
+            output_names=[OUTPUT],
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            external_data=False,
+            optimize=True,
+            verbose=False,
+        )
+    exported = onnx.load(path)
+    onnx.checker.check_model(exported, full_check=True)
+    if exported.ir_version > MAX_IR:
+        raise RuntimeError(f"{path}: ONNX IR {exported.ir_version}, TensorRT reads at most {MAX_IR}")

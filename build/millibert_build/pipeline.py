@@ -1,0 +1,238 @@
+"""The build, top to bottom: labelled text to a published model repository.
+
+Each stage reads what the one before it wrote. The fine-tuned checkpoint, the one stage that takes minutes, is
+kept in the work folder under the fingerprint of all that went into it, so that a build that was interrupted or
+failed a later stage does not train again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from millibert._errors import UsageError
+from tokenizers import Tokenizer
+from transformers import BertForSequenceClassification, PreTrainedModel
+
+from millibert_build.dataset import Example, Splits, load_splits
+from millibert_build.engine import Candidate, Floats, available_precisions, choose, measure, open_engine, run_packed
+from millibert_build.evaluate import Comparison, check_gates, compare
+from millibert_build.export import export_packed
+from millibert_build.hub import Base, file_sha256, resolve_base
+from millibert_build.progress import Progress
+from millibert_build.publish import RELEASE_FILE, check_replaceable, replacing
+from millibert_build.repository import Artefacts, hash_files, write_models
+from millibert_build.scenario import Engine, Precision, Scenario
+from millibert_build.tokens import limited, load_tokenizer, token_ids
+from millibert_build.train import Epoch, predict_logits, train
+
+RECORDED_PACKAGES = ("millibert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "numpy")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A fine-tuned model, its tokenizer cut to the scenario's limit, and how it was trained."""
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    curve: Sequence[Epoch]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Texts of one split as ids, the right answers, and the fp32 checkpoint's logits."""
+
+    ids: list[list[int]]
+    targets: list[int]
+    reference: Floats
+
+
+def build(scenario: Scenario, engine: Engine, precision: Precision, out: Path, work: Path) -> dict[str, Any]:
+    """Build `out`, a Triton model repository, and return its release manifest.
+
+    Raises `UsageError` for wrong input and `GateError` for a missed gate; `out` is then as it was.
+    """
+    check_replaceable(out)
+    progress = Progress(total=6)
+    with _locked(work):
+        with progress.stage("data"):
+            splits = load_splits(scenario.data, scenario.labels, scenario.training.seed)
+            _check_top_k(scenario, splits)
+            base = resolve_base(scenario.base)
+            progress.note(_describe(splits))
+        for warning in splits.warnings:
+            progress.warn(warning)
+        with progress.stage("train"):
+            checkpoint = _checkpoint(scenario, base, splits, work / "checkpoint", progress)
+        with progress.stage("export"):
+            onnx = work / "model.onnx"
+            export_packed(checkpoint.model, scenario.max_tokens, onnx)
+            progress.note(f"packed ONNX, {onnx.stat().st_size / 1e6:.1f} MB")
+        with progress.stage("engine"):
+            validation = _measured(splits.validation, checkpoint, splits.labels)
+            chosen, candidates = _choose_precision(scenario, engine, precision, onnx, validation)
+            progress.note(_describe_engine(engine, chosen, candidates))
+        with progress.stage("evaluate"):
+            test = _measured(splits.test, checkpoint, splits.labels)
+            comparison = _compare(scenario, engine, chosen.precision, onnx, test)
+            progress.note(
+                f"test accuracy {comparison.engine_accuracy:.4f}, checkpoint {comparison.checkpoint_accuracy:.4f}, "
+                f"agreement {comparison.agreement:.4f}"
+            )
+            check_gates(comparison, scenario.gates)
+        with progress.stage("publish"), replacing(out) as staging:
+            artefacts = Artefacts(checkpoint.tokenizer, onnx, splits.labels, engine, chosen.precision)
+            write_models(staging, scenario, artefacts)
+            release = {
+                **_describe_release(scenario, base, splits, checkpoint),
+                "engine": {
+                    "kind": engine,
+                    "precision": chosen.precision,
+                    "layout": "packed",
+                    "onnx_sha256": file_sha256(onnx),
+                    "measured": [candidate._asdict() for candidate in candidates],
+                },
+                "metrics": {"test": comparison._asdict()},
+                "machine": {"architecture": platform.machine(), "cpu": _cpu_name()},
+                "versions": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+                "files": hash_files(staging),
+            }
+            (staging / RELEASE_FILE).write_text(_json(release), encoding="utf-8")
+            progress.note(str(out))
+    return release
+
+
+def _checkpoint(
+    scenario: Scenario, base: Base, splits: Splits, folder: Path, progress: Progress
+) -> Checkpoint:
+    """Fine-tune, or take the checkpoint that the same inputs gave before."""
+    record = folder / "millibert.json"
+    fingerprint = _fingerprint(scenario, base, splits)
+    earlier = json.loads(record.read_text()) if record.is_file() else {}
+    if earlier.get("fingerprint") == fingerprint:
+        curve = [Epoch(**epoch) for epoch in earlier["curve"]]
+        progress.note("unchanged: the checkpoint of the last build is used again")
+    else:
+        unfinished = folder.with_name("checkpoint.new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        curve = train(base, splits, scenario.training, scenario.max_tokens, unfinished)
+        saved = {"fingerprint": fingerprint, "curve": [asdict(epoch) for epoch in curve]}
+        (unfinished / record.name).write_text(_json(saved), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        best = max(curve, key=lambda epoch: epoch.validation_accuracy)
+        progress.note(f"validation accuracy {best.validation_accuracy:.4f} after epoch {best.number}")
+    model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = limited(load_tokenizer(str(folder)), scenario.max_tokens)
+    return Checkpoint(folder, model, tokenizer, curve)
+
+
+def _fingerprint(scenario: Scenario, base: Base, splits: Splits) -> str:
+    """Hash of everything that decides what training gives."""
+    inputs = {
+        "data": splits.sha256(),
+        "labels": splits.labels,
+        "base": [base.location, base.revision, base.sha256],
+        "training": scenario.training.model_dump(),
+        "max_tokens": scenario.max_tokens,
+        "versions": [importlib.metadata.version(name) for name in ("millibert", "torch", "transformers")],
+    }
+    return hashlib.sha256(_json(inputs).encode()).hexdigest()
+
+
+def _measured(examples: Sequence[Example], checkpoint: Checkpoint, labels: Sequence[str]) -> Measured:
+    ids = token_ids(checkpoint.tokenizer, [example.text for example in examples])
+    number = {label: index for index, label in enumerate(labels)}
+    reference = predict_logits(checkpoint.model, ids, show="fp32 reference").numpy()
+    return Measured(ids, [number[example.label] for example in examples], reference)
+
+
+def _choose_precision(
+    scenario: Scenario, engine: Engine, precision: Precision, onnx: Path, validation: Measured
+) -> tuple[Candidate, list[Candidate]]:
+    precisions = available_precisions(engine, onnx) if precision == "auto" else [precision]
+    candidates = measure(engine, onnx, precisions, validation.ids, validation.reference, scenario.max_texts)
+    if precision != "auto":
+        return candidates[0], candidates
+    return choose(candidates, scenario.gates.min_agreement), candidates
+
+
+def _compare(scenario: Scenario, engine: Engine, precision: str, onnx: Path, test: Measured) -> Comparison:
+    logits = run_packed(open_engine(engine, onnx, precision), test.ids, scenario.max_texts)
+    return compare(test.reference, logits, test.targets)
+
+
+def _check_top_k(scenario: Scenario, splits: Splits) -> None:
+    if scenario.top_k > len(splits.labels):
+        raise UsageError(f"top_k {scenario.top_k} is more than the {len(splits.labels)} labels; lower it")
+
+
+def _describe(splits: Splits) -> str:
+    sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test texts"
+    return f"{sizes}, {len(splits.labels)} labels"
+
+
+def _describe_engine(engine: str, chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    speeds = ", ".join(f"{c.precision} {c.texts_per_second:,.0f} texts/s" for c in candidates)
+    return f"{engine} {chosen.precision} ({speeds} on validation texts, in process)"
+
+
+def _describe_release(
+    scenario: Scenario, base: Base, splits: Splits, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "name": scenario.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "problem": scenario.problem,
+        "labels": list(splits.labels),
+        "max_tokens": scenario.max_tokens,
+        "max_texts": scenario.max_texts,
+        "top_k": scenario.top_k,
+        "data": {
+            "sha256": splits.sha256(),
+            "texts": {
+                "train": len(splits.train),
+                "validation": len(splits.validation),
+                "test": len(splits.test),
+            },
+        },
+        "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
+        "training": {
+            **scenario.training.model_dump(),
+            "curve": [asdict(epoch) for epoch in checkpoint.curve],
+        },
+    }
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """One build at a time per work folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{work}: another build is running there; wait for it or use another --work") from error
+        yield
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

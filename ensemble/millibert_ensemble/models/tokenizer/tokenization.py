@@ -1,0 +1,55 @@
+"""Text to token ids, without Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+
+class Tokens(NamedTuple):
+    """One request's rows."""
+
+    input_ids: npt.NDArray[np.int32]  # [B, L], padded with 0 to the longest row
+    span: npt.NDArray[np.int32]  # [B, ceil(L / B)] zeros
+    truncated: npt.NDArray[np.bool_]  # [B, 1]
+
+
+def load(path: Path) -> Tokenizer:
+    """A `tokenizer.json` that truncates to the model's limit and does not pad."""
+    tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.truncation is None:
+        raise ValueError(f"{path} sets no truncation: a long text would pass the model's limit")
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def decode(texts: npt.NDArray[np.object_]) -> list[str]:
+    """UTF-8 bytes [B, 1] to strings; raises ValueError that says which text is not UTF-8."""
+    decoded = []
+    for index, text in enumerate(texts.reshape(-1)):
+        try:
+            decoded.append(text.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"TEXT[{index}] is not UTF-8: {error.reason} at byte {error.start}") from error
+    return decoded
+
+
+def tokenize(tokenizer: Tokenizer, requests: Sequence[Sequence[str]]) -> list[Tokens]:
+    """All texts of all requests in one call of the tokenizer; one `Tokens` per request."""
+    encodings = iter(tokenizer.encode_batch_fast([text for texts in requests for text in texts]))
+    return [_tokens([next(encodings) for _ in texts]) for texts in requests]
+
+
+def _tokens(encodings: list) -> Tokens:  # type: ignore[type-arg] # of tokenizers.Encoding, which has no stubs
+    rows = [encoding.ids for encoding in encodings]
+    longest = max(map(len, rows))
+    input_ids = np.zeros((len(rows), longest), np.int32)
+    for row, ids in zip(input_ids, rows, strict=True):
+        row[: len(ids)] = ids
+    truncated = np.array([[bool(encoding.overflowing)] for encoding in encodings])
+    return Tokens(input_ids, np.zeros((len(rows), -(-longest // len(rows))), np.int32), truncated)

@@ -1,0 +1,220 @@
+"""Labelled text: what is read, what is refused and how the refusal reads."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from millibert_build.dataset import DataError, load_examples, load_splits, stratified
+from millibert_build.scenario import Data
+
+BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return _write
+
+
+def load(source: str, text: str = "text", label: str = "label"):
+    return load_examples(source, "train", text, label)
+
+
+def splits(train: str, test: str, labels=None, **data):
+    return load_splits(Data(train=train, test=test, **data), labels, seed=1)
+
+
+def rows(*examples: tuple[str, str]) -> str:
+    return "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in examples)
+
+
+TRAIN = rows(*((f"{label} number {i}", label) for label in "ab" for i in range(10)))
+
+
+def test_csv_keeps_text_label_and_line(write):
+    path = write("data.csv", 'label,text\nx,"two\nlines, one text"\ny,näxt\n')
+    first, second = load(path)
+    assert (first.text, first.label, first.line) == ("two\nlines, one text", "x", 2)
+    assert (second.text, second.label, second.line) == ("näxt", "y", 4)
+    assert second.place == f"{path}:4"
+
+
+def test_csv_reads_a_byte_order_mark_and_windows_line_ends(write):
+    examples = load(write("data.csv", b"\xef\xbb\xbftext,label\r\none,a\r\ntwo,b\r\n"))
+    assert [(e.text, e.label) for e in examples] == [("one", "a"), ("two", "b")]
+
+
+def test_a_line_separator_inside_a_text_does_not_split_it(write):
+    (example,) = load(write("data.csv", "text,label\none\u2028text\x85here,a\n"))
+    assert example.text == "one\u2028text\x85here"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_the_same_examples(suffix, write, tmp_path):
+    records = [{"utterance": "hello, there", "intent": "greet"}, {"utterance": "bye 👋", "intent": "part"}]
+    if suffix == "parquet":
+        parquet(tmp_path / "data.parquet", records)
+        path = str(tmp_path / "data.parquet")
+    elif suffix == "jsonl":
+        path = write("data.jsonl", "\n".join(json.dumps(r) for r in records) + "\n\n")
+    else:
+        mark = {"csv": ",", "tsv": "\t"}[suffix]
+        lines = [mark.join(f'"{v}"' for v in row) for row in (records[0], *(r.values() for r in records))]
+        path = write(f"data.{suffix}", "\n".join(lines))
+    examples = load(path, "utterance", "intent")
+    assert [(e.text, e.label) for e in examples] == [("hello, there", "greet"), ("bye 👋", "part")]
+
+
+def parquet(path: Path, records: list[dict], features: dict | None = None) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(records)
+    if features:
+        metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        table = table.replace_schema_metadata(metadata)
+    pq.write_table(table, path)
+
+
+def test_parquet_class_labels_get_their_names(tmp_path):
+    features = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
+    parquet(tmp_path / "a.parquet", [{"text": "sure", "label": 1}, {"text": "never", "label": 0}], features)
+    assert [e.label for e in load(str(tmp_path / "a.parquet"))] == ["yes", "no"]
+
+
+def test_parquet_without_label_names_is_refused(tmp_path):
+    parquet(tmp_path / "a.parquet", [{"text": "sure", "label": 1}])
+    with pytest.raises(DataError, match=r"a\.parquet:1: column 'label' holds int, not text"):
+        load(str(tmp_path / "a.parquet"))
+
+
+def test_a_folder_holds_one_file_per_split(write, tmp_path):
+    write("train.csv", TRAIN)
+    write("test.jsonl", '{"text": "a thing", "label": "a"}\n')
+    found = splits(str(tmp_path), str(tmp_path))
+    assert [e.text for e in found.test] == ["a thing"]
+    with pytest.raises(DataError, match="expected exactly one of validation.csv"):
+        splits(str(tmp_path), str(tmp_path), validation=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,intent\nhello,a\n", r"bad\.csv:1: no column 'label'; it has 'text', 'intent'"),
+        ("", r"bad\.csv:1: no column 'text'; it has none"),
+        ("text,label\n", r"bad\.csv: no examples"),
+        ("text,label\nhello,a\n  ,a\n", r"bad\.csv:3: empty 'text'"),
+        ("text,label\nhello,\n", r"bad\.csv:2: empty 'label'"),
+        ("text,label\nhello\n", r"bad\.csv:2: no value in column 'label'"),
+        ('text,label\n"hello,a\n', r"bad\.csv:2: not valid CSV"),
+        (b"text,label\nfine,a\ncaf\xe9,a\n", r"bad\.csv:3: not UTF-8 \(byte 0xe9\)"),
+    ],
+)
+def test_a_bad_csv_names_file_line_and_reason(write, content, message):
+    with pytest.raises(DataError, match=message):
+        load(write("bad.csv", content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "x", "label": "a"}\n{"text": }\n', r"bad\.jsonl:2: not valid JSON"),
+        ('["x", "a"]\n', r"bad\.jsonl:1: a JSON object is expected, not list"),
+        ('{"text": "x"}\n', r"bad\.jsonl:1: no column 'label'; it has 'text'"),
+        ('{"text": 7, "label": "a"}\n', r"bad\.jsonl:1: column 'text' holds int, not text"),
+    ],
+)
+def test_bad_jsonl_names_file_line_and_reason(write, content, message):
+    with pytest.raises(DataError, match=message):
+        load(write("bad.jsonl", content))
+
+
+def test_many_problems_are_counted_not_listed(write):
+    with pytest.raises(DataError) as caught:
+        load(write("bad.csv", "text,label\n" + ",a\n" * 20))
+    assert str(caught.value).count("empty 'text'") == 5
+    assert "15 more such problems" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "message"), [("no.csv", "no such file"), ("a.xlsx", r"cannot read \.xlsx")])
+def test_an_unreadable_source_is_refused(write, tmp_path, name, message):
+    if name == "a.xlsx":
+        write(name, "")
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path / name))
+
+
+def test_one_class_only(write):
+    with pytest.raises(DataError, match=r"train\.csv: only one class, 'a'"):
+        splits(write("train.csv", rows(("x", "a"), ("y", "a"))), write("test.csv", rows(("z", "a"))))
+
+
+def test_a_test_label_that_training_does_not_know(write):
+    with pytest.raises(DataError, match=r"test\.csv:3: unknown label 'c' \(not among the 2 known labels\)"):
+        splits(write("train.csv", TRAIN), write("test.csv", rows(("fine", "a"), ("other", "c"))))
+
+
+def test_a_training_label_that_the_scenario_does_not_list(write):
+    with pytest.raises(DataError, match=r"train\.csv:12: unknown label 'b'"):
+        splits(write("train.csv", TRAIN), write("test.csv", rows(("t", "a"))), labels=("a", "z"))
+
+
+def test_the_same_text_in_two_splits_is_refused_with_both_places(write):
+    test = write("test.csv", rows(("new", "a"), ("b number 3", "b")))
+    with pytest.raises(DataError, match=r"test\.csv:3: the same text is in the train data \(.*train\.csv:15\)"):
+        splits(write("train.csv", TRAIN), test)
+
+
+def test_a_training_text_that_differs_in_case_and_space_is_left_out_with_a_warning(write):
+    test = write("test.csv", rows(("B  Number 3 ", "b")))
+    found = splits(write("train.csv", TRAIN), test)
+    kept = [e.text for e in (*found.train, *found.validation)]
+    assert "b number 3" not in kept
+    assert len(kept) == 19
+    assert "1 training texts left out" in found.warnings[0]
+
+
+def test_validation_is_split_off_by_label_and_by_seed(write):
+    examples = load(write("train.csv", TRAIN))
+    kept, held = stratified(examples, 0.2, seed=3)
+    assert Counter(e.label for e in held) == {"a": 2, "b": 2}
+    assert sorted(e.text for e in (*kept, *held)) == sorted(e.text for e in examples)
+    assert stratified(examples, 0.2, seed=3) == (kept, held)
+    assert stratified(examples, 0.2, seed=4) != (kept, held)
+
+
+def test_a_label_with_one_text_stays_in_training(write):
+    examples = load(write("train.csv", TRAIN + '"lonely",c\n'))
+    kept, held = stratified(examples, 0.2, seed=3)
+    assert "c" in {e.label for e in kept}
+    assert "c" not in {e.label for e in held}
+
+
+def test_labels_are_sorted_or_as_given(write):
+    train, test = write("train.csv", TRAIN), write("test.csv", rows(("t", "a")))
+    assert splits(train, test).labels == ("a", "b")
+    assert splits(train, test, labels=("b", "a")).labels == ("b", "a")
+
+
+def test_the_hash_follows_content(write):
+    train, test = write("train.csv", TRAIN), write("test.csv", rows(("t", "a")))
+    one = splits(train, test).sha256()
+    assert splits(train, test).sha256() == one
+    assert splits(train, write("test.csv", rows(("t", "b")))).sha256() != one
+
+
+@pytest.mark.skipif(not BANKING77.is_dir(), reason="Banking77 is not on this machine")
+def test_banking77_loads():
+    source = {"train": str(BANKING77 / "train.csv"), "test": str(BANKING77 / "test.csv")}
+    found = splits(**source, label_column="category")
+    assert len(found.labels) == 77
+    assert len(found.test) == 3080
+    # Seven training texts equal a test text but for case and white space.
+    assert len(found.train) + len(found.validation) == 10003 - 7
