@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from millibert_build.dataset import DataError, load_examples, load_splits, stratified
 from millibert_build.scenario import Data
 
@@ -100,7 +101,7 @@ def test_a_folder_holds_one_file_per_split(write, tmp_path):
     write("test.jsonl", '{"text": "a thing", "label": "a"}\n')
     found = splits(str(tmp_path), str(tmp_path))
     assert [e.text for e in found.test] == ["a thing"]
-    with pytest.raises(DataError, match="expected exactly one of validation.csv"):
+    with pytest.raises(DataError, match=r"expected exactly one of validation\.csv"):
         splits(str(tmp_path), str(tmp_path), validation=str(tmp_path))
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from millibert import UsageError
 from millibert_build.scenario import load_scenario, make_scenario
 

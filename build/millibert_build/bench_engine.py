@@ -20,12 +20,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from millibert._errors import UsageError
-from millibert_ensemble.models.bert.packing import pack
-from millibert_ensemble.models.bert.threads import cpu_limit
 from tqdm import tqdm
 
-from millibert_build.engine import available_precisions, open_engine
+from millibert._errors import UsageError
+from millibert_build.engine import Floats, available_precisions, open_engine
+from millibert_ensemble.models.bert.engines import Arrays
+from millibert_ensemble.models.bert.packing import pack
+from millibert_ensemble.models.bert.threads import cpu_limit
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path
 def _measure(
     args: argparse.Namespace, precision: str, packed: Path, padded: Path, batches: Sequence[Batch]
 ) -> dict[str, float | str]:
-    layouts: dict[str, Callable[[], np.ndarray]] = {}
+    layouts: dict[str, Callable[[], Floats]] = {}
     for name, path, arrange in (("padded", padded, _pad), ("packed", packed, _pack)):
         layouts[name] = _runner(open_engine(args.engine, path, precision).infer, arrange, batches)
     logits = {name: run() for name, run in layouts.items()}  # the warm-up, too
@@ -118,15 +119,17 @@ def _measure(
     }
 
 
-def _runner(infer: Callable, arrange: Callable, batches: Sequence[Batch]) -> Callable[[], np.ndarray]:
+def _runner(
+    infer: Callable[[Arrays], Floats], arrange: Callable[[Batch], Arrays], batches: Sequence[Batch]
+) -> Callable[[], Floats]:
     return lambda: np.concatenate([infer(arrange(batch)) for batch in batches])
 
 
-def _pack(batch: Batch) -> dict[str, np.ndarray]:
+def _pack(batch: Batch) -> Arrays:
     return pack([np.array([row], np.int32) for row in batch])
 
 
-def _pad(batch: Batch) -> dict[str, np.ndarray]:
+def _pad(batch: Batch) -> Arrays:
     ids = np.zeros((len(batch), max(map(len, batch))), np.int32)
     for row, text in zip(ids, batch, strict=True):
         row[: len(text)] = text

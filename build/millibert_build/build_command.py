@@ -1,8 +1,8 @@
-"""Build a Triton model repository from labelled text.
+r"""Build a Triton model repository from labelled text.
 
 examples:
   millibert build --scenario build/scenarios/customer_service.toml --out model_repository
-  millibert build --name banking77 --train train.csv --test test.csv --text-column text \\
+  millibert build --name banking77 --train train.csv --test test.csv --text-column text \
                   --label-column category --base minilm --out banking77_repository
   millibert build --scenario my.toml --out repo --engine onnxruntime --precision fp32 --epochs 3
 
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import typing
 from pathlib import Path
 from typing import Any
 
 from millibert._errors import UsageError
-
 from millibert_build import scenario as scenarios
 
 
@@ -55,6 +55,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build; returns the exit status."""
     scenario = _scenario(args)
+    # libgomp's threads spin at barriers by default; on a shared machine that cost up to eight times the time.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Imported late: torch takes seconds to load, and a wrong scenario should not wait for it.
     from millibert_build.pipeline import build
 

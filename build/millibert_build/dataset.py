@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from millibert._errors import UsageError
-
 from millibert_build.scenario import Data
 
 SHOWN_PROBLEMS = 5
@@ -112,9 +111,7 @@ def load_texts(source: str, text_column: str) -> list[str]:
     return [example.text for example in load_examples(source, "test", text_column, text_column)]
 
 
-def stratified(
-    examples: Sequence[Example], share: float, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def stratified(examples: Sequence[Example], share: float, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Hold out `share` of each label (at least one text, never the last one): (kept, held out)."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from millibert._errors import UsageError
 from millibert_ensemble.models.bert.engines import ENGINES, Engine, EngineError
 from millibert_ensemble.models.bert.packing import pack
@@ -41,7 +42,12 @@ def run_packed(engine: Engine, ids: Sequence[Sequence[int]], max_texts: int) -> 
 
 
 def measure(
-    kind: str, path: Path, precisions: Sequence[str], ids: Sequence[Sequence[int]], reference: Floats, max_texts: int
+    kind: str,
+    path: Path,
+    precisions: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    reference: Floats,
+    max_texts: int,
 ) -> list[Candidate]:
     """Speed (median of rounds, taken in turn) and agreement of each precision on the same texts."""
     engines = {precision: open_engine(kind, path, precision) for precision in precisions}

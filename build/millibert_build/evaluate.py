@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from millibert._errors import MillibertError
-from millibert_ensemble.models.postprocess.ranking import softmax
 
+from millibert._errors import MillibertError
 from millibert_build.engine import Floats, agreement
 from millibert_build.scenario import Gates
+from millibert_ensemble.models.postprocess.ranking import softmax
 
 
 class GateError(MillibertError):

@@ -23,7 +23,7 @@ classifier reads nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,10 @@ class _Layout(NamedTuple):
 class _Attention(nn.Module):
     """What all layers share: attention on the grid, its output, and the feed-forward part."""
 
-    def __init__(self, layer: nn.Module, heads: int) -> None:
+    def __init__(self, layer: Any, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.head_size = layer.attention.self.query.out_features // heads
+        self.head_size: int = layer.attention.self.query.out_features // heads
         self.attention_output = layer.attention.output.dense
         self.attention_norm = layer.attention.output.LayerNorm
         self.intermediate = layer.intermediate.dense
@@ -81,7 +81,7 @@ class _Attention(nn.Module):
 class _Layer(_Attention):
     """An encoder layer for all tokens; query, key and value are one product."""
 
-    def __init__(self, layer: nn.Module, heads: int) -> None:
+    def __init__(self, layer: Any, heads: int) -> None:
         super().__init__(layer, heads)
         attention = layer.attention.self
         query = _scaled(attention.query, self.head_size**-0.5)
@@ -96,7 +96,7 @@ class _Layer(_Attention):
 class _LastLayer(_Attention):
     """The last encoder layer, for the first token of each text only."""
 
-    def __init__(self, layer: nn.Module, heads: int) -> None:
+    def __init__(self, layer: Any, heads: int) -> None:
         super().__init__(layer, heads)
         attention = layer.attention.self
         self.query = _scaled(attention.query, self.head_size**-0.5)
@@ -118,20 +118,20 @@ class _Bert(nn.Module):
     def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
         super().__init__()
         check_architecture(model, max_tokens)
-        model = model.eval().float()
-        embeddings = model.bert.embeddings
+        bert: Any = model.eval().float().bert
+        embeddings = bert.embeddings
         self.max_tokens = max_tokens
-        self.words = embeddings.word_embeddings
+        self.words: nn.Embedding = embeddings.word_embeddings
         # All tokens are of segment 0, so its vector can live in the position table.
         table = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         self.register_buffer("positions", table.detach()[:max_tokens].clone())
         self.norm = embeddings.LayerNorm
         heads = model.config.num_attention_heads
-        *layers, last = model.bert.encoder.layer
+        *layers, last = bert.encoder.layer
         self.layers = nn.ModuleList(_Layer(layer, heads) for layer in layers)
         self.last_layer = _LastLayer(last, heads)
-        self.pooler = model.bert.pooler.dense
-        self.classifier = model.classifier
+        self.pooler: nn.Linear = bert.pooler.dense
+        self.classifier: nn.Linear = cast(Any, model).classifier
 
     def _logits(self, ids: Tensor, position: Tensor, layout: _Layout) -> Tensor:
         """Token ids [tokens] at their positions [tokens] -> logits [N, labels]."""

@@ -21,12 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from millibert._errors import UsageError
 from tokenizers import Tokenizer
 from transformers import BertForSequenceClassification, PreTrainedModel
 
+from millibert._errors import UsageError
 from millibert_build.dataset import Example, Splits, load_splits
-from millibert_build.engine import Candidate, Floats, available_precisions, choose, measure, open_engine, run_packed
+from millibert_build.engine import (
+    Candidate,
+    Floats,
+    available_precisions,
+    choose,
+    measure,
+    open_engine,
+    run_packed,
+)
 from millibert_build.evaluate import Comparison, check_gates, compare
 from millibert_build.export import export_packed
 from millibert_build.hub import Base, file_sha256, resolve_base
@@ -37,7 +45,16 @@ from millibert_build.scenario import Engine, Precision, Scenario
 from millibert_build.tokens import limited, load_tokenizer, token_ids
 from millibert_build.train import Epoch, predict_logits, train
 
-RECORDED_PACKAGES = ("millibert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "numpy")
+RECORDED_PACKAGES = (
+    "millibert",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -114,9 +131,7 @@ def build(scenario: Scenario, engine: Engine, precision: Precision, out: Path, w
     return release
 
 
-def _checkpoint(
-    scenario: Scenario, base: Base, splits: Splits, folder: Path, progress: Progress
-) -> Checkpoint:
+def _checkpoint(scenario: Scenario, base: Base, splits: Splits, folder: Path, progress: Progress) -> Checkpoint:
     """Fine-tune, or take the checkpoint that the same inputs gave before."""
     record = folder / "millibert.json"
     fingerprint = _fingerprint(scenario, base, splits)
@@ -189,9 +204,7 @@ def _describe_engine(engine: str, chosen: Candidate, candidates: Sequence[Candid
     return f"{engine} {chosen.precision} ({speeds} on validation texts, in process)"
 
 
-def _describe_release(
-    scenario: Scenario, base: Base, splits: Splits, checkpoint: Checkpoint
-) -> dict[str, Any]:
+def _describe_release(scenario: Scenario, base: Base, splits: Splits, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "format": 1,
         "name": scenario.name,

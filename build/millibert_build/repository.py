@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import millibert_ensemble
 from google.protobuf import text_format
-from millibert._errors import UsageError
-from millibert_ensemble import contract
 from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 
+import millibert_ensemble
+from millibert._errors import UsageError
 from millibert_build.hub import file_sha256
 from millibert_build.scenario import Scenario
+from millibert_ensemble import contract
 
 MODELS = Path(millibert_ensemble.__file__).parent / "models"
 ENSEMBLE_TEMPLATE = "classify"

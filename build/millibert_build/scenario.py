@@ -43,6 +43,7 @@ class Training(_Strict):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """None: 2e-5 for a width of 768 (BERT-base), larger for narrower models; see `train.learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    label_smoothing: Share = 0.1
     warmup: Share = 0.1
     """Share of all steps in which the learning rate rises to its peak; it then falls linearly to 0."""
     seed: int = 42

@@ -1,7 +1,8 @@
 """Examples to checkpoint: fine-tuning of a BERT sequence classifier.
 
 AdamW with decoupled weight decay (not on biases and norms), linear warm-up and decay, bf16 autocast where the
-CPU computes in it, batches of similar length, a fixed seed, and the epoch with the best validation accuracy.
+CPU computes in it, batches of similar length, a fixed seed. What is validated and kept is a running average of
+the weights over about an epoch (Polyak averaging), of the epoch with the best validation accuracy.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from millibert._errors import UsageError
-
 from millibert_build.dataset import Example, Splits
 from millibert_build.hub import Base
 from millibert_build.scenario import Training
@@ -56,10 +59,12 @@ def train(base: Base, splits: Splits, training: Training, max_tokens: int, folde
     labels = {label: index for index, label in enumerate(splits.labels)}
     train_set = _encode(splits.train, rust, labels)
     validation_set = _encode(splits.validation, rust, labels)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_average_decay(train_set, training)))
+    averaged = cast(PreTrainedModel, average.module)
     curve: list[Epoch] = []
-    for epoch in _epochs(model, train_set, validation_set, training):
+    for epoch in _epochs(model, average, train_set, validation_set, training):
         if not curve or epoch.validation_accuracy > max(e.validation_accuracy for e in curve):
-            model.save_pretrained(folder)
+            averaged.save_pretrained(folder)
         curve.append(epoch)
     tokenizer.save_pretrained(folder)
     return curve
@@ -68,7 +73,7 @@ def train(base: Base, splits: Splits, training: Training, max_tokens: int, folde
 def predict_logits(model: PreTrainedModel, ids: Sequence[Sequence[int]], show: str | None = None) -> Tensor:
     """Logits [texts, labels] in fp32 of the Hugging Face model, padded batches sorted by length."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    result = torch.empty(len(ids), model.config.num_labels)
+    result = torch.empty(len(ids), cast(int, model.config.num_labels))
     model.eval()
     starts = range(0, len(order), EVALUATION_BATCH)
     with torch.inference_mode():
@@ -80,11 +85,12 @@ def predict_logits(model: PreTrainedModel, ids: Sequence[Sequence[int]], show: s
 
 
 def learning_rate(training: Training, width: int) -> float:
-    """The scenario's rate, or 2e-5 at BERT-base's width of 768, growing with the inverse square of the width.
+    """The scenario's rate, or 2e-5 at BERT-base's width of 768, growing with the inverse cube of the width.
 
-    Narrow models need larger steps: at width 384 the rule gives 8e-5.
+    Narrow models need larger steps. The rule has no theory: it passes through two rates that work, 2e-5 at
+    width 768 and 1.6e-4 at 384.
     """
-    return training.learning_rate or 2e-5 * (768 / width) ** 2
+    return training.learning_rate or 2e-5 * (768 / width) ** 3
 
 
 def cpu_has_bf16() -> bool:
@@ -110,21 +116,34 @@ def _load_base(base: Base, labels: Sequence[str], max_tokens: int) -> PreTrained
     # It would report the new classifier's weights as missing, in a screenful.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return AutoModelForSequenceClassification.from_pretrained(
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         base.location, revision=base.revision, config=config, dtype=torch.float32
     )
+    return model
 
 
-def _encode(examples: Sequence[Example], tokenizer: object, labels: dict[str, int]) -> list[Encoded]:
+def _encode(examples: Sequence[Example], tokenizer: Tokenizer, labels: dict[str, int]) -> list[Encoded]:
     ids = token_ids(tokenizer, [example.text for example in examples])
     return [Encoded(i, labels[example.label]) for i, example in zip(ids, examples, strict=True)]
 
 
+def _average_decay(train_set: Sequence[Encoded], training: Training) -> float:
+    return 1 - 1 / max(1, _steps_per_epoch(train_set, training))
+
+
+def _steps_per_epoch(train_set: Sequence[Encoded], training: Training) -> int:
+    return -(-len(train_set) // training.batch_size)
+
+
 def _epochs(
-    model: PreTrainedModel, train_set: list[Encoded], validation_set: list[Encoded], training: Training
+    model: PreTrainedModel,
+    average: AveragedModel,
+    train_set: Sequence[Encoded],
+    validation_set: Sequence[Encoded],
+    training: Training,
 ) -> Iterator[Epoch]:
     generator = random.Random(training.seed)  # noqa: S311 - an order, not a secret
-    steps = training.epochs * -(-len(train_set) // training.batch_size)
+    steps = training.epochs * _steps_per_epoch(train_set, training)
     optimizer, schedule = _optimizer(model, training, steps)
     targets = torch.tensor([example.label for example in validation_set])
     with tqdm(total=steps, desc="train", unit="step", disable=None) as bar:
@@ -132,9 +151,12 @@ def _epochs(
             model.train()
             losses = []
             for batch in _batches(train_set, training.batch_size, generator):
-                losses.append(_step(model, batch, optimizer, schedule))
+                losses.append(_step(model, batch, optimizer, schedule, training.label_smoothing))
+                average.update_parameters(model)
                 bar.update()
-            predicted = predict_logits(model, [example.ids for example in validation_set]).argmax(1)
+            predicted = predict_logits(
+                cast(PreTrainedModel, average.module), [example.ids for example in validation_set]
+            ).argmax(1)
             accuracy = float((predicted == targets).float().mean())
             epoch = Epoch(number, sum(losses) / len(losses), accuracy)
             bar.set_postfix_str(f"epoch {number} loss {epoch.loss:.3f} validation {accuracy:.4f}")
@@ -146,12 +168,13 @@ def _step(
     batch: Sequence[Encoded],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    label_smoothing: float,
 ) -> float:
     input_ids, attention_mask = _padded([example.ids for example in batch])
     targets = torch.tensor([example.label for example in batch])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    loss = nn.functional.cross_entropy(logits.float(), targets)
+    loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
@@ -178,9 +201,7 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _batches(
-    examples: Sequence[Encoded], batch_size: int, generator: random.Random
-) -> list[list[Encoded]]:
+def _batches(examples: Sequence[Encoded], batch_size: int, generator: random.Random) -> list[list[Encoded]]:
     shuffled = generator.sample(examples, len(examples))
     chunk = batch_size * CHUNK_BATCHES
     batches = []

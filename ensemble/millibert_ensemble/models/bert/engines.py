@@ -59,9 +59,7 @@ class OnnxRuntime:
             raise EngineError(f"ONNX Runtime computes fp32 on a CPU, not {precision}; use the engine openvino")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self._session: Any = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def infer(self, inputs: Arrays) -> npt.NDArray[np.float32]:
         """Run the graph once; returns its output."""

@@ -40,9 +40,7 @@ def pack(requests: Sequence[Ids]) -> dict[str, npt.NDArray[np.generic]]:
     }
 
 
-def unpack(
-    logits: npt.NDArray[np.float32], requests: Sequence[Ids]
-) -> list[npt.NDArray[np.float32]]:
+def unpack(logits: npt.NDArray[np.float32], requests: Sequence[Ids]) -> list[npt.NDArray[np.float32]]:
     """Logits of all texts, in order, to each request's own rows."""
     ends = np.cumsum([len(request) for request in requests])
     return np.split(logits, ends[:-1])

@@ -32,8 +32,7 @@ class TritonPythonModel:
             scores = self._activation(np.concatenate(logits))
         ends = np.cumsum([len(rows) for rows in logits])
         return [
-            self._answer(request, rows)
-            for request, rows in zip(requests, np.split(scores, ends[:-1]), strict=True)
+            self._answer(request, rows) for request, rows in zip(requests, np.split(scores, ends[:-1]), strict=True)
         ]
 
     def _answer(self, request: Any, scores: Any) -> Any:

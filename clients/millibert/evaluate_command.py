@@ -1,0 +1,190 @@
+"""Measure how often a served model is right, on labelled texts sent through the server.
+
+The data is a CSV file with a header, or JSON Lines; UTF-8. Texts without an answer count as errors and are
+left out of the figures.
+
+examples:
+  millibert evaluate --url grpc://127.0.0.1:8001 --model banking77 --data test.csv --label-column category
+  millibert evaluate --url http://127.0.0.1:8000 --model banking77 --data test.jsonl --json > figures.json
+
+The exit status is 0 when all texts were answered, 1 when a call failed, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from millibert import _metrics as metrics
+from millibert._arguments import add_service, batch_limit, batches, open_client, positive_int
+from millibert._client import Client
+from millibert._errors import InvalidRequest, ServiceError, UsageError
+from millibert._labelled_texts import LabelledText, read_labelled_texts
+from millibert._types import Classification
+
+_TOP_K = 3
+_NAMED_AT_MOST = 5  # labels or errors in a message
+_PROBE = "Hello"
+
+
+class Outcome(NamedTuple):
+    """What one request brought: an answer per text, or the reason why there is none."""
+
+    rows: list[LabelledText]
+    answers: tuple[Classification, ...]
+    error: ServiceError | None
+
+    def pairs(self) -> list[metrics.Pair]:
+        """Each text with its answer; empty when the request failed."""
+        return list(zip(self.rows, self.answers, strict=True)) if self.error is None else []
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `millibert evaluate`."""
+    add_service(parser)
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="a .csv or .jsonl file")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="texts per request (default: the model's limit)"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="requests under way at a time (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="also write each text's label and prediction there, as JSON Lines",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate; returns the exit status. Raises `ServiceError` when the service answers nothing at all."""
+    rows = read_labelled_texts(args.data, args.text_column, args.label_column)
+    if args.predictions is not None:
+        _write_predictions(args.predictions, [])  # where that fails, it should before the work is done
+    with open_client(args) as client:
+        top_k = _accepted_top_k(client)
+        size = args.batch_size or batch_limit(client)
+        start = time.perf_counter()
+        calls = _outcomes(client, rows, size, top_k, args.concurrency)
+        outcomes = list(_with_progress(calls, len(rows), hidden=args.json))
+        seconds = round(time.perf_counter() - start, 3)
+    pairs = [pair for outcome in outcomes for pair in outcome.pairs()]
+    failures = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if not pairs:
+        raise failures[0]
+    figures = {**_figures(pairs, len(rows)), "seconds": seconds, "model": args.model, "url": args.url}
+    _warn(pairs, failures, figures)
+    if args.predictions is not None:
+        _write_predictions(args.predictions, pairs)
+    print(json.dumps(figures, indent=2) if args.json else _table(figures))
+    return 1 if failures else 0
+
+
+def _accepted_top_k(client: Client) -> int | None:
+    """Find out whether the model has `_TOP_K` labels; otherwise it answers with as many as it likes.
+
+    One call before all others, so that an unreachable server is one message and not an error per text.
+    """
+    try:
+        client.classify(_PROBE, top_k=_TOP_K)
+    except InvalidRequest:
+        client.classify(_PROBE)
+        return None
+    return _TOP_K
+
+
+def _outcomes(
+    client: Client, rows: Sequence[LabelledText], size: int, top_k: int | None, concurrency: int
+) -> Iterator[Outcome]:
+    def call(batch: list[LabelledText]) -> Outcome:
+        try:
+            return Outcome(batch, client.classify([row.text for row in batch], top_k=top_k), None)
+        except ServiceError as error:
+            return Outcome(batch, (), error)
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        # map() gives the outcomes in the order of the data, and drops what has not begun on Ctrl-C.
+        yield from pool.map(call, batches(rows, size))
+
+
+def _with_progress(outcomes: Iterable[Outcome], total: int, *, hidden: bool) -> Iterator[Outcome]:
+    # tqdm takes None for "only on a terminal".
+    with tqdm(total=total, unit="text", file=sys.stderr, disable=True if hidden else None) as bar:
+        for outcome in outcomes:
+            bar.update(len(outcome.rows))
+            yield outcome
+
+
+def _figures(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
+    return {
+        "accuracy": metrics.accuracy(pairs),
+        "top_k_accuracy": metrics.top_k_accuracy(pairs),
+        "top_k": len(pairs[0][1].predictions),
+        "macro_f1": metrics.macro_f1(pairs),
+        "n": total,
+        "errors": total - len(pairs),
+        "truncated": sum(answer.truncated for _, answer in pairs),
+    }
+
+
+def _warn(pairs: Sequence[metrics.Pair], failures: Sequence[ServiceError], figures: dict[str, Any]) -> None:
+    if failures:
+        print(f"error: {figures['errors']} of {figures['n']} texts got no answer:", file=sys.stderr)
+        for reason in _some({str(failure) for failure in failures}):
+            print(f"  {reason}", file=sys.stderr)
+    if unknown := metrics.labels_never_answered(pairs):
+        print(
+            "warning: labels of the data that the model never answered, does it know them? "
+            + ", ".join(_some(unknown)),
+            file=sys.stderr,
+        )
+
+
+def _some(values: Iterable[str]) -> list[str]:
+    ordered = sorted(values)
+    rest = len(ordered) - _NAMED_AT_MOST
+    return ordered[:_NAMED_AT_MOST] + ([f"… and {rest} more"] if rest > 0 else [])
+
+
+def _write_predictions(path: Path, pairs: Sequence[metrics.Pair]) -> None:
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for row, answer in pairs:
+                line = {
+                    "text": row.text,
+                    "label": row.label,
+                    "predicted": answer.label,
+                    "score": answer.score,
+                }
+                file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _table(figures: dict[str, Any]) -> str:
+    name_of_top_k = f"top-{figures['top_k']} accuracy"
+    lines = [
+        ("model", f"{figures['model']} at {figures['url']}"),
+        ("accuracy", f"{figures['accuracy']:.4f}"),
+        (name_of_top_k, f"{figures['top_k_accuracy']:.4f}"),
+        ("macro F1", f"{figures['macro_f1']:.4f}"),
+        ("texts", f"{figures['n']}, {figures['errors']} without an answer, {figures['truncated']} truncated"),
+        ("seconds", f"{figures['seconds']:.2f}"),
+    ]
+    return "\n".join(f"{name:<15} {value}" for name, value in lines)

@@ -1,0 +1,92 @@
+"""Run Triton on a model repository, in the foreground, on this machine.
+
+Prints one line to standard output once inference works: the endpoints and the names of the services.
+Everything else, Triton's log among it, goes to standard error. SIGTERM and Ctrl-C let requests in flight
+finish (up to 30 s; a second one hurries). A model whose process dies takes the server down and has it started
+again; when that happens twice within a minute, the command ends.
+
+Exit status: 0 after a drained stop, 1 otherwise.
+
+    millibert serve --repository model_repository
+    millibert serve --http-port 0 --grpc-port 0 --metrics-port 0 --json      # for scripts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from millibert_ensemble.ports import LOCALHOST, Ports
+from millibert_ensemble.server import TritonServer, has_gpu
+from millibert_ensemble.supervisor import Supervisor
+
+_DEFAULT_PORTS = Ports()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `millibert serve`."""
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        default=Path("model_repository"),
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--host",
+        default=LOCALHOST,
+        metavar="ADDR",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    for use, port in _DEFAULT_PORTS._asdict().items():
+        parser.add_argument(
+            f"--{use}-port",
+            type=_port,
+            default=port,
+            metavar="N",
+            help="default: %(default)s; 0: any free one",
+        )
+    parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
+    parser.add_argument("--verbose", action="store_true", help="let Triton log what it loads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop; returns the exit status."""
+    ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
+    server = TritonServer(args.repository, host=args.host, ports=ports, verbose=args.verbose)
+    _report(f"starting Triton on {server.repository}")
+    if not has_gpu():
+        _report("no NVIDIA GPU here: what Triton logs about CUDA means just that")
+    announce = _announce_json if args.json else _announce
+    return Supervisor(server, announce=lambda: announce(server), report=_report).run()
+
+
+def _announce(server: TritonServer) -> None:
+    endpoints = f"{server.grpc_url}  {server.http_url}  {server.metrics_url}"
+    print(f"ready: {', '.join(server.services)}  {endpoints}", flush=True)
+
+
+def _announce_json(server: TritonServer) -> None:
+    facts = {
+        "models": server.services,
+        "grpc": server.grpc_url,
+        "http": server.http_url,
+        "metrics": server.metrics_url,
+        "pid": os.getpid(),
+        "server_pid": server.pid,
+    }
+    print(json.dumps(facts), flush=True)
+
+
+def _report(message: str) -> None:
+    print(f"millibert serve: {message}", file=sys.stderr, flush=True)
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not a port: 0 to 65535")
+    return number

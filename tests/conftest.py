@@ -1,0 +1,116 @@
+"""The fixture `triton`: a real server, as users start it, on free ports.
+
+    def test_something(triton):
+        with triton(repository) as server:
+            server.grpc_url, server.http_url, server.metrics_url, server.models, server.log()
+
+It skips where there is no tritonserver, and asserts that a server leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from millibert._errors import UsageError
+from millibert_ensemble import installation
+
+# The drain of `millibert serve`, and some more.
+STOP_SECONDS = 45
+
+
+@dataclass
+class RunningServer:
+    """`millibert serve` in a process of its own, and where it can be reached."""
+
+    process: subprocess.Popen[str]
+    log_file: Path
+    models: list[str]
+    grpc_url: str
+    http_url: str
+    metrics_url: str
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def tritonserver(self) -> psutil.Process:
+        return self._child("tritonserver")
+
+    def guardian(self) -> psutil.Process:
+        return self._child("python")
+
+    def stub(self) -> psutil.Process:
+        (stub,) = self.tritonserver().children()
+        return stub
+
+    def stop(self) -> int:
+        """Ask it to end; returns its exit status."""
+        self.process.terminate()
+        return self.process.wait(STOP_SECONDS)
+
+    def leftovers(self) -> list[str]:
+        return leftovers(self.pid)
+
+    def _child(self, name: str) -> psutil.Process:
+        (child,) = [it for it in psutil.Process(self.pid).children() if it.name().startswith(name)]
+        return child
+
+
+def leftovers(supervisor: int) -> list[str]:
+    """Every process, file and region that a `millibert serve` with that pid has left on this machine."""
+    mark = f"millibert-{supervisor}-"
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    found = [str(path) for folder in folders for path in folder.glob(f"*{mark}*")]
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if mark in command:
+            found.append(f"{process.pid} {command}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def triton(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., contextlib.AbstractContextManager[RunningServer]]:
+    """A function of a repository (and more arguments for `millibert serve`) that serves it in a `with`."""
+    try:
+        installation.locate()
+    except UsageError as error:
+        pytest.skip(str(error))
+
+    @contextlib.contextmanager
+    def serve(repository: Path, *options: str) -> Iterator[RunningServer]:
+        log_file = tmp_path_factory.mktemp("serve") / "log"
+        command = [sys.executable, "-m", "millibert.cli", "serve", "--repository", str(repository), "--json"]
+        any_ports = [f"--{use}-port=0" for use in ("http", "grpc", "metrics")]
+        with log_file.open("w") as log:
+            process = subprocess.Popen([*command, *any_ports, *options], stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        try:
+            ready = process.stdout.readline()
+            assert ready, f"millibert serve ended with {process.wait()}:\n{log_file.read_text()}"
+            facts = json.loads(ready)
+            yield RunningServer(process, log_file, facts["models"], facts["grpc"], facts["http"], facts["metrics"])
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(STOP_SECONDS)
+            process.stdout.close()
+        # A supervisor that was killed cannot tidy up; the next start does.
+        if process.returncode >= 0:
+            assert leftovers(process.pid) == []
+
+    return serve

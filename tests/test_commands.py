@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from millibert import Classification, Prediction, UsageError
+from millibert._labelled_texts import LabelledText, read_labelled_texts
+from millibert._metrics import accuracy, labels_never_answered, macro_f1, top_k_accuracy
+from millibert.classify_command import as_document, as_table
+
+if TYPE_CHECKING:
+    from tests.conftest import RunningServer
+
+REPOSITORY = Path(__file__).parent / "client_repository"
+NOWHERE = ("--url", "grpc://127.0.0.1:1", "--model", "echo")
+TEXTS = [("hello you", "greeting"), ("hello again, you", "greeting"), ("sleep 0", "nap"), ("who", "greeting")]
+
+
+COMMAND = [sys.executable, "-m", "millibert.cli"]
+
+
+def millibert(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=60, input=stdin)
+
+
+def csv_file(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+# Wrong usage, and what needs no server
+
+
+@pytest.mark.parametrize("command", ["classify", "evaluate"])
+def test_help_has_examples(command: str) -> None:
+    shown = millibert(command, "--help")
+    assert shown.returncode == 0
+    assert f"examples:\n  millibert {command} --url grpc://127.0.0.1:8001".encode() in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "m", "a"], "--url"),
+        (["--url", "ftp://host", "--model", "m", "a"], "expected grpc://host:8001 or http://host:8000"),
+        (["--url", "host:8001", "--model", "m", "a"], "the scheme is missing"),
+        ([*NOWHERE, "--top", "0", "a"], "expected an integer of at least 1, not 0"),
+        ([*NOWHERE, "--top", "x", "a"], "invalid integer value: 'x'"),
+        ([*NOWHERE, "--timeout", "-1", "a"], "expected a number above 0, not -1"),
+        ([*NOWHERE], "the standard input holds none"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    done = millibert("classify", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert message in done.stderr.decode()
+
+
+def test_no_text_on_a_terminal() -> None:
+    main, terminal = pty.openpty()
+    try:
+        done = subprocess.run([*COMMAND, "classify", *NOWHERE], capture_output=True, timeout=60, stdin=terminal)
+    finally:
+        os.close(main)
+        os.close(terminal)
+    assert done.returncode == 2
+    assert b"no text: give texts as arguments, or one a line on the standard input" in done.stderr
+
+
+def test_input_that_is_not_utf8() -> None:
+    done = millibert("classify", *NOWHERE, stdin=b"fine\nnot \xff\n")
+    assert done.returncode == 2
+    assert b"line 2 of the standard input is not UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["grpc://127.0.0.1:1", "http://127.0.0.1:1"])
+def test_no_server(url: str, tmp_path: Path) -> None:
+    data = csv_file(tmp_path / "data.csv", TEXTS)
+    for arguments in (["classify", "a"], ["classify", "--json", "a", "b"], ["evaluate", "--data", str(data)]):
+        done = millibert(*arguments, "--url", url, "--model", "m")
+        assert done.returncode == 1
+        assert done.stdout == b""
+        assert done.stderr.decode() == (
+            f"millibert {arguments[0]}: cannot reach the server: Connection refused (model 'm' at {url})\n"
+        )
+
+
+def test_layouts() -> None:
+    predictions = (Prediction("nap", 1, 0.75), Prediction("greeting", 0, float.fromhex("0x1.99999ap-4")))
+    answer = Classification("two\nlines " + "x" * 200, predictions, truncated=True)
+    text, first, second, note = as_table(answer).splitlines()
+    assert text == "two lines " + "x" * 89 + "…"
+    assert (first, second) == ("  nap       0.750", "  greeting  0.100")
+    assert note.startswith("  note: longer than the model reads")
+    assert as_document(answer) == {
+        "text": answer.text,
+        "truncated": True,
+        "predictions": [
+            {"label": "nap", "id": 1, "score": 0.75},
+            {"label": "greeting", "id": 0, "score": 0.1},
+        ],
+    }
+
+
+# Data files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", '\ufefftext,n,label\r\nä,1,x\r\n"b, ""c""\nd",2,y\r\n'),
+        ("a.jsonl", '{"text": "ä", "label": "x"}\n\n{"label": "y", "text": "b, \\"c\\"\\nd", "n": 2}'),
+    ],
+)
+def test_data(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert read_labelled_texts(path, "text", "label") == [
+        LabelledText("ä", "x"),
+        LabelledText('b, "c"\nd', "y"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"text,category\na,x\n", "line 2 has no column 'label'; there are 'text', 'category'"),
+        ("a.csv", b"text,label\na,x\nb,\n", "line 3: 'label' is empty"),
+        ("a.csv", b"text,label\na\n", "line 2: 'label' is missing"),
+        ("a.csv", b"text,label\na, b,x\n", "line 2 has more cells than the header"),
+        ("a.csv", b'text,label\n"a,x\n', "the row that begins on line 2 is not CSV: unexpected end"),
+        ("a.csv", b"text,label\na,x\n\xe4,y\n", "line 3 is not UTF-8"),
+        ("a.csv", b"", "no labelled texts"),
+        ("a.csv", b"text,label\n", "no labelled texts"),
+        ("a.jsonl", b"{}\n", "line 1 has no column 'text'"),
+        ("a.jsonl", b'\n{"text": 1, "label": "x"}\n', "line 2: 'text' is not a string: 1"),
+        ("a.jsonl", b"{oops\n", "line 1 is not JSON"),
+        ("a.jsonl", b"[]\n", "line 1 is not a JSON object"),
+        ("a.txt", b"", r"expected a file named \*\.csv or \*\.jsonl"),
+    ],
+)
+def test_data_refused(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=reason) as caught:
+        read_labelled_texts(path, "text", "label")
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    done = millibert("evaluate", *NOWHERE, "--data", str(tmp_path / "absent.csv"))
+    assert done.returncode != 0
+    assert b"absent.csv: cannot be read: No such file or directory" in done.stderr
+
+
+def test_metrics() -> None:
+    def pair(label: str, *answered: str) -> tuple[LabelledText, Classification]:
+        predictions = tuple(Prediction(each, 0, 0.5) for each in answered)
+        return LabelledText("", label), Classification("", predictions, truncated=False)
+
+    pairs = [pair("a", "a", "b"), pair("a", "b", "a"), pair("b", "b", "a"), pair("c", "b", "a")]
+    assert accuracy(pairs) == 0.5
+    assert top_k_accuracy(pairs) == 0.75
+    assert macro_f1(pairs) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert labels_never_answered(pairs) == ["c"]
+
+
+# Against a real Triton
+
+
+@pytest.fixture(scope="module")
+def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
+    with triton(REPOSITORY) as running:
+        yield running
+
+
+@pytest.fixture(params=["grpc", "http"])
+def service(request: pytest.FixtureRequest, server: RunningServer) -> list[str]:
+    url = server.grpc_url if request.param == "grpc" else server.http_url
+    return ["--url", url, "--model", "echo"]
+
+
+@pytest.mark.e2e
+def test_classify(service: list[str]) -> None:
+    done = millibert("classify", *service, "--top", "2", "hello you", "größe")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == (
+        "hello you\n  greeting  0.800\n  nap       0.100\ngröße\n  other     0.800\n  greeting  0.100\n"
+    )
+
+
+@pytest.mark.e2e
+def test_classify_many_lines(service: list[str]) -> None:
+    lines = [f"hello {number}" for number in range(20)]  # the model takes 8 texts a request
+    done = millibert("classify", *service, "--json", stdin="\r\n\r\n".join(lines).encode())
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert [answer["text"] for answer in answers] == lines
+    assert answers[0] == {
+        "text": "hello 0",
+        "truncated": False,
+        "predictions": [
+            {"label": "greeting", "id": 0, "score": 0.8},
+            {"label": "nap", "id": 1, "score": 0.1},
+            {"label": "other", "id": 2, "score": 0.06},
+        ],
+    }
+
+
+@pytest.mark.e2e
+def test_classify_fails(service: list[str]) -> None:
+    done = millibert("classify", *service, "--json", "--top", "9", "a")
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert b"top_k must be 1 to 4, not 9" in done.stderr
+
+
+@pytest.mark.e2e
+def test_evaluate(service: list[str], tmp_path: Path) -> None:
+    data = csv_file(tmp_path / "data.csv", TEXTS * 5, ("query", "intent"))
+    predictions = tmp_path / "predictions.jsonl"
+    columns = ["--text-column", "query", "--label-column", "intent"]
+    done = millibert("evaluate", *service, "--data", str(data), *columns, "--json", "--predictions", str(predictions))
+    assert (done.returncode, done.stderr) == (0, b"")
+    figures = json.loads(done.stdout)
+    assert figures.pop("seconds") > 0
+    assert figures.pop("macro_f1") == pytest.approx((0.8 + 1 + 0) / 3)
+    assert figures == {
+        "accuracy": 0.75,
+        "top_k_accuracy": 1.0,
+        "top_k": 3,
+        "n": 20,
+        "errors": 0,
+        "truncated": 0,
+        "model": "echo",
+        "url": service[1],
+    }
+    written = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert [(line["text"], line["label"]) for line in written] == TEXTS * 5
+    assert [line["predicted"] for line in written[:4]] == ["greeting", "greeting", "nap", "other"]
+
+
+@pytest.mark.e2e
+def test_evaluate_with_failures(service: list[str], tmp_path: Path) -> None:
+    data = csv_file(tmp_path / "data.csv", [*TEXTS, ("busy", "nap"), ("what", "unheard")])
+    done = millibert("evaluate", *service, "--data", str(data), "--batch-size", "1")
+    assert done.returncode == 1
+    assert b"accuracy        0.6000\n" in done.stdout
+    assert b"6, 1 without an answer, 0 truncated\n" in done.stdout
+    errors = done.stderr.decode()
+    assert "1 of 6 texts got no answer:" in errors
+    assert "the queue is full" in errors
+    assert "warning: labels of the data that the model never answered, does it know them? unheard" in errors
+
+
+@pytest.mark.e2e
+def test_evaluate_without_any_answer(service: list[str], tmp_path: Path) -> None:
+    data = csv_file(tmp_path / "data.csv", TEXTS)
+    done = millibert("evaluate", *service, "--data", str(data), "--batch-size", "9")
+    assert done.returncode == 0  # four texts fit
+    data = csv_file(tmp_path / "data.csv", [("busy", "nap")])
+    done = millibert("evaluate", *service, "--data", str(data))
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert b"the queue is full" in done.stderr
