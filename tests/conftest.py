@@ -1,4 +1,4 @@
-"""The fixture `triton`: a real server, as users start it, on free ports.
+"""The fixtures `release`, a small real release, and `triton`: a real server, as users start it, on free ports.
 
     def test_something(triton):
         with triton(repository) as server:
@@ -26,6 +26,7 @@ from millibert_ensemble import installation
 
 # The drain of `millibert serve`, and some more.
 STOP_SECONDS = 45
+CUSTOMER_SERVICE = Path(__file__).parents[1] / "build" / "scenarios" / "customer_service"
 
 
 @dataclass
@@ -114,3 +115,47 @@ def triton(
             assert leftovers(process.pid) == []
 
     return serve
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release built by `millibert build`, and what it takes to build it again."""
+
+    repository: Path
+    work: Path
+    scenario: Path
+
+    def build(self, out: Path, scenario: Path | None = None, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "millibert.cli", "build", "--scenario", str(scenario or self.scenario)]
+        places = ["--out", str(out), "--work", str(self.work)]
+        return subprocess.run([*command, *places, *options], capture_output=True, text=True, check=False)
+
+
+SCENARIO = """
+name = "support"
+top_k = 3
+max_tokens = 64
+max_texts = 16
+
+[data]
+train = "{data}/train.csv"
+test = "{data}/test.csv"
+
+[training]
+epochs = 2
+batch_size = 16
+
+[gates]
+min_accuracy = {min_accuracy}
+"""
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """The demo's data and base model, trained for two epochs: small, quick, and real."""
+    folder = tmp_path_factory.mktemp("release")
+    made = Release(folder / "repository", folder / "work", folder / "scenario.toml")
+    made.scenario.write_text(SCENARIO.format(data=CUSTOMER_SERVICE, min_accuracy=0.2))
+    done = made.build(made.repository, None, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    return made

@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text-column", metavar="NAME", help="default: text")
     source.add_argument("--label-column", metavar="NAME", help="default: label")
     source.add_argument("--base", metavar="CHECKPOINT", help="default: minilm")
-    source.add_argument("--epochs", type=int, metavar="N", help="default: 10")
+    source.add_argument("--epochs", type=int, metavar="N", help="default: 12")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model repository to make")
     parser.add_argument("--engine", choices=typing.get_args(scenarios.Engine), default="openvino")
     parser.add_argument(

@@ -38,7 +38,7 @@ class Data(_Strict):
 class Training(_Strict):
     """Fine-tuning; see `millibert_build.train`."""
 
-    epochs: Annotated[int, Field(ge=1)] = 10
+    epochs: Annotated[int, Field(ge=1)] = 12
     batch_size: Annotated[int, Field(ge=1)] = 32
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """None: 2e-5 for a width of 768 (BERT-base), larger for narrower models; see `train.learning_rate`."""

@@ -1,0 +1,53 @@
+# `make demo` and `make test` do everything, from a fresh clone with Python 3.11 or newer, make and pip.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+SCENARIO := build/scenarios/customer_service.toml
+REPOSITORY := model_repository
+
+.PHONY: demo build serve test lint format clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    environment, build, serve, classify over gRPC and HTTP, stop"
+	@echo "make test    environment, all tests (a real Triton serves a small real model)"
+	@echo "make build   the demo's model repository, in $(REPOSITORY)/"
+	@echo "make serve   serve $(REPOSITORY)/ until Ctrl-C"
+	@echo "make lint    ruff and mypy --strict"
+	@echo "make format  ruff format"
+	@echo "make clean   remove the environment, checkpoints and the built repository"
+
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	@echo "installing into .venv (torch, transformers, OpenVINO, Triton: 1.5 GB, some minutes) …"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[build,serve,demo,dev]'
+	@touch $@
+
+build: $(INSTALLED)
+	@$(BIN)/millibert build --scenario $(SCENARIO) --out $(REPOSITORY)
+
+demo: build
+	@$(BIN)/python clients/demo.py --repository $(REPOSITORY)
+
+$(REPOSITORY)/release.json:
+	@$(MAKE) --no-print-directory build
+
+serve: $(INSTALLED) $(REPOSITORY)/release.json
+	@$(BIN)/millibert serve --repository $(REPOSITORY)
+
+test: $(INSTALLED)
+	@$(BIN)/pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+clean:
+	rm -rf .venv .millibert .pytest_cache .mypy_cache .ruff_cache
+	find $(REPOSITORY) -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
