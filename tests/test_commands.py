@@ -136,27 +136,29 @@ def test_data(tmp_path: Path, name: str, content: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", b"text,category\na,x\n", "line 2 has no column 'label'; there are 'text', 'category'"),
-        ("a.csv", b"text,label\na,x\nb,\n", "line 3: 'label' is empty"),
-        ("a.csv", b"text,label\na\n", "line 2: 'label' is missing"),
-        ("a.csv", b"text,label\na, b,x\n", "line 2 has more cells than the header"),
-        ("a.csv", b'text,label\n"a,x\n', "the row that begins on line 2 is not CSV: unexpected end"),
-        ("a.csv", b"text,label\na,x\n\xe4,y\n", "line 3 is not UTF-8"),
-        ("a.csv", b"", "no labelled texts"),
+        ("a.csv", b"text,category\na,x\n", "a.csv:2: no column 'label'; it has 'text', 'category'"),
+        ("a.csv", b"text,label\na,x\nb,\n", "a.csv:3: empty 'label'"),
+        ("a.csv", b"text,label\na\n", "a.csv:2: no value in column 'label'"),
+        ("a.csv", b"text,label\na, b,x\n", "a.csv:2: more cells than the header"),
+        ("a.csv", b'text,label\n"a,x\n', "a.csv:2: not valid CSV: unexpected end"),
+        ("a.csv", b"text,label\na,x\n\xe4,y\n", "a.csv:3: not UTF-8"),
+        ("a.csv", b"", "a.csv:1: no header"),
         ("a.csv", b"text,label\n", "no labelled texts"),
-        ("a.jsonl", b"{}\n", "line 1 has no column 'text'"),
-        ("a.jsonl", b'\n{"text": 1, "label": "x"}\n', "line 2: 'text' is not a string: 1"),
-        ("a.jsonl", b"{oops\n", "line 1 is not JSON"),
-        ("a.jsonl", b"[]\n", "line 1 is not a JSON object"),
-        ("a.txt", b"", r"expected a file named \*\.csv or \*\.jsonl"),
+        ("a.jsonl", b"{}\n", "a.jsonl:1: no column 'text'; it has none"),
+        ("a.jsonl", b'\n{"text": 1, "label": "x"}\n', "a.jsonl:2: int, not text, in column 'text'"),
+        ("a.jsonl", b"{oops\n", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", b"[]\n", "a.jsonl:1: a JSON object is expected, not list"),
+        ("a.txt", b"", "cannot read .txt; use .csv, .tsv, .jsonl"),
     ],
 )
 def test_data_refused(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=reason) as caught:
+    with pytest.raises(UsageError) as caught:
         read_labelled_texts(path, "text", "label")
-    assert str(caught.value).startswith(f"{path}: ")
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert reason in message
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:

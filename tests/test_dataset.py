@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from millibert_build.dataset import DataError, load_examples, load_splits, stratified
+from millibert import UsageError
+from millibert_build.dataset import load_examples, load_splits, stratified
 from millibert_build.scenario import Data
 
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77"
@@ -92,7 +93,7 @@ def test_parquet_class_labels_get_their_names(tmp_path):
 
 def test_parquet_without_label_names_is_refused(tmp_path):
     parquet(tmp_path / "a.parquet", [{"text": "sure", "label": 1}])
-    with pytest.raises(DataError, match=r"a\.parquet:1: column 'label' holds int, not text"):
+    with pytest.raises(UsageError, match=r"a\.parquet:1: column 'label' holds int, not text"):
         load(str(tmp_path / "a.parquet"))
 
 
@@ -101,16 +102,17 @@ def test_a_folder_holds_one_file_per_split(write, tmp_path):
     write("test.jsonl", '{"text": "a thing", "label": "a"}\n')
     found = splits(str(tmp_path), str(tmp_path))
     assert [e.text for e in found.test] == ["a thing"]
-    with pytest.raises(DataError, match=r"expected exactly one of validation\.csv"):
+    with pytest.raises(UsageError, match=r"expected exactly one of validation\.csv"):
         splits(str(tmp_path), str(tmp_path), validation=str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,intent\nhello,a\n", r"bad\.csv:1: no column 'label'; it has 'text', 'intent'"),
-        ("", r"bad\.csv:1: no column 'text'; it has none"),
+        ("text,intent\nhello,a\n", r"bad\.csv:2: no column 'label'; it has 'text', 'intent'"),
+        ("", r"bad\.csv:1: no header"),
         ("text,label\n", r"bad\.csv: no examples"),
+        ("text,label\nhello, you,a\n", r"bad\.csv:2: more cells than the header has"),
         ("text,label\nhello,a\n  ,a\n", r"bad\.csv:3: empty 'text'"),
         ("text,label\nhello,\n", r"bad\.csv:2: empty 'label'"),
         ("text,label\nhello\n", r"bad\.csv:2: no value in column 'label'"),
@@ -119,7 +121,7 @@ def test_a_folder_holds_one_file_per_split(write, tmp_path):
     ],
 )
 def test_a_bad_csv_names_file_line_and_reason(write, content, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UsageError, match=message):
         load(write("bad.csv", content))
 
 
@@ -133,12 +135,12 @@ def test_a_bad_csv_names_file_line_and_reason(write, content, message):
     ],
 )
 def test_bad_jsonl_names_file_line_and_reason(write, content, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UsageError, match=message):
         load(write("bad.jsonl", content))
 
 
 def test_many_problems_are_counted_not_listed(write):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UsageError) as caught:
         load(write("bad.csv", "text,label\n" + ",a\n" * 20))
     assert str(caught.value).count("empty 'text'") == 5
     assert "15 more such problems" in str(caught.value)
@@ -148,28 +150,28 @@ def test_many_problems_are_counted_not_listed(write):
 def test_an_unreadable_source_is_refused(write, tmp_path, name, message):
     if name == "a.xlsx":
         write(name, "")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UsageError, match=message):
         load(str(tmp_path / name))
 
 
 def test_one_class_only(write):
-    with pytest.raises(DataError, match=r"train\.csv: only one class, 'a'"):
+    with pytest.raises(UsageError, match=r"train\.csv: only one class, 'a'"):
         splits(write("train.csv", rows(("x", "a"), ("y", "a"))), write("test.csv", rows(("z", "a"))))
 
 
 def test_a_test_label_that_training_does_not_know(write):
-    with pytest.raises(DataError, match=r"test\.csv:3: unknown label 'c' \(not among the 2 known labels\)"):
+    with pytest.raises(UsageError, match=r"test\.csv:3: unknown label 'c' \(not among the 2 known labels\)"):
         splits(write("train.csv", TRAIN), write("test.csv", rows(("fine", "a"), ("other", "c"))))
 
 
 def test_a_training_label_that_the_scenario_does_not_list(write):
-    with pytest.raises(DataError, match=r"train\.csv:12: unknown label 'b'"):
+    with pytest.raises(UsageError, match=r"train\.csv:12: unknown label 'b'"):
         splits(write("train.csv", TRAIN), write("test.csv", rows(("t", "a"))), labels=("a", "z"))
 
 
 def test_the_same_text_in_two_splits_is_refused_with_both_places(write):
     test = write("test.csv", rows(("new", "a"), ("b number 3", "b")))
-    with pytest.raises(DataError, match=r"test\.csv:3: the same text is in the train data \(.*train\.csv:15\)"):
+    with pytest.raises(UsageError, match=r"test\.csv:3: the same text is in the train data \(.*train\.csv:15\)"):
         splits(write("train.csv", TRAIN), test)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -103,14 +106,17 @@ def test_answers_are_those_of_the_checkpoint(client, texts, in_process):
         assert_matches(answers, expected[start : start + MAX_TEXTS])
 
 
-def test_served_labels_are_those_of_the_checkpoint_on_all_test_texts(client, texts, in_process):
-    best = in_process(texts).argmax(1)
-    served = [
-        answer.predictions[0].id
-        for start in range(0, len(texts), MAX_TEXTS)
-        for answer in client.classify(texts[start : start + MAX_TEXTS])
-    ]
-    assert np.mean(np.array(served) == best) >= 0.999
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_evaluate_measures_accuracy_and_agreement_with_the_checkpoint(server, release, scheme, texts):
+    url = {"grpc": server.grpc_url, "http": server.http_url}[scheme]
+    command = [sys.executable, "-m", "millibert.cli", "evaluate", "--url", url, "--model", MODEL, "--json"]
+    data = ["--data", str(CUSTOMER_SERVICE / "test.csv"), "--checkpoint", str(release.work / "checkpoint")]
+    figures = json.loads(subprocess.run([*command, *data], capture_output=True, check=True).stdout)
+    manifest = json.loads((release.repository / "release.json").read_text())
+    assert figures["n"] == len(texts) == 250
+    assert figures["errors"] == 0
+    assert figures["agreement"] >= 0.999
+    assert figures["accuracy"] == pytest.approx(manifest["metrics"]["test"]["engine_accuracy"], abs=1e-9)
 
 
 def test_labels_and_ids_belong_together(client, texts):
@@ -226,15 +232,15 @@ def test_bad_requests_do_not_spoil_the_good_ones_beside_them(server, texts, in_p
     expected = in_process(some)
 
     def good(index: int) -> None:
-        assert_matches([client.classify(some[index])], expected[index : index + 1])
+        assert_matches([grpc.classify(some[index])], expected[index : index + 1])
 
     def bad(index: int) -> None:
         with pytest.raises(InferenceServerException, match="not UTF-8"):
             raw_request(server, "grpc", as_bytes(b"\xff\xfe"))
         with pytest.raises(millibert.InvalidRequest, match="top_k"):
-            client.classify("fine", top_k=99)
+            grpc.classify("fine", top_k=99)
 
-    with connect(server, "grpc") as client, ThreadPoolExecutor(16) as pool:
+    with connect(server, "grpc") as grpc, ThreadPoolExecutor(16) as pool:
         jobs = [pool.submit(job, i % 40) for i in range(120) for job in ((good, bad) if i % 3 == 0 else (good,))]
         for job in jobs:
             job.result()

@@ -85,13 +85,12 @@ def _batches(args: argparse.Namespace) -> list[Batch]:
 
 
 def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path]:
-    from transformers import AutoModelForSequenceClassification
-
+    from millibert_build.checkpoint import load_model
     from millibert_build.export import export_packed, export_padded
 
     packed, padded = folder / "packed.onnx", folder / "padded.onnx"
     for export, path in ((export_packed, packed), (export_padded, padded)):
-        export(AutoModelForSequenceClassification.from_pretrained(checkpoint), max_tokens, path)
+        export(load_model(checkpoint), max_tokens, path)
     return packed, padded
 
 

@@ -7,32 +7,20 @@ which the Hugging Face hub offers every public data set).
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from millibert._errors import UsageError
+from millibert._records import READERS, Record, read_records, require_column
 from millibert_build.scenario import Data
 
 SHOWN_PROBLEMS = 5
-
-
-class DataError(UsageError):
-    """The data cannot be used as they are."""
-
-
-class Row(NamedTuple):
-    """A raw record and its line in the file, from 1; in Parquet, its row."""
-
-    line: int
-    fields: dict[str, object]
+SUFFIXES = (*READERS, ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +64,7 @@ def load_splits(data: Data, labels: Sequence[str] | None, seed: int) -> Splits:
     test = load_examples(data.test, "test", data.text_column, data.label_column)
     known = tuple(labels) if labels is not None else tuple(sorted({example.label for example in train}))
     if len({example.label for example in train}) < 2:
-        raise DataError(f"{data.train}: only one class, {train[0].label!r}; a classifier needs at least two")
+        raise UsageError(f"{data.train}: only one class, {train[0].label!r}; a classifier needs at least two")
     if data.validation is not None:
         validation = load_examples(data.validation, "validation", data.text_column, data.label_column)
     else:
@@ -91,18 +79,20 @@ def load_splits(data: Data, labels: Sequence[str] | None, seed: int) -> Splits:
 
 
 def load_examples(source: str, split: str, text_column: str, label_column: str) -> tuple[Example, ...]:
-    """Read one source; raises `DataError` with the first few problems, each with file and line."""
+    """Read one source; raises `UsageError` with the first few problems, each with file and line."""
     examples: list[Example] = []
     problems: list[str] = []
     for path in _files(source, split):
-        for row in _READERS[path.suffix](path, (text_column, label_column)):
+        for record in _records(path, label_column):
+            require_column(path, record, text_column)
+            require_column(path, record, label_column)
             try:
-                examples.append(_example(path, row, text_column, label_column))
-            except DataError as error:
+                examples.append(_example(path, record, text_column, label_column))
+            except UsageError as error:
                 problems.append(str(error))
     _refuse(problems)
     if not examples:
-        raise DataError(f"{source}: no examples")
+        raise UsageError(f"{source}: no examples")
     return tuple(examples)
 
 
@@ -126,19 +116,19 @@ def stratified(examples: Sequence[Example], share: float, seed: int) -> tuple[tu
     return kept, tuple(examples[index] for index in sorted(chosen))
 
 
-def _example(path: Path, row: Row, text_column: str, label_column: str) -> Example:
-    place = f"{path}:{row.line}"
-    text, label = row.fields[text_column], row.fields[label_column]
+def _example(path: Path, record: Record, text_column: str, label_column: str) -> Example:
+    place = f"{path}:{record.line}"
+    text, label = record.fields[text_column], record.fields[label_column]
     for column, value in ((text_column, text), (label_column, label)):
         if value is None:
-            raise DataError(f"{place}: no value in column {column!r}")
+            raise UsageError(f"{place}: no value in column {column!r}")
         if not isinstance(value, str):
-            raise DataError(f"{place}: column {column!r} holds {type(value).__name__}, not text")
+            raise UsageError(f"{place}: column {column!r} holds {type(value).__name__}, not text")
         if not value.strip():
-            raise DataError(f"{place}: empty {column!r}")
+            raise UsageError(f"{place}: empty {column!r}")
     assert isinstance(text, str)
     assert isinstance(label, str)
-    return Example(text, label.strip(), str(path), row.line)
+    return Example(text, label.strip(), str(path), record.line)
 
 
 def _unknown_labels(examples: Iterable[Example], known: Sequence[str]) -> list[str]:
@@ -189,7 +179,7 @@ def _refuse(problems: Sequence[str]) -> None:
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         lines = [*problems[:SHOWN_PROBLEMS], *([f"… and {more} more such problems"] if more > 0 else [])]
-        raise DataError("\n  ".join(lines))
+        raise UsageError("\n  ".join(lines))
 
 
 # ---- sources -------------------------------------------------------------------------------------------------
@@ -202,83 +192,34 @@ def _files(source: str, split: str) -> list[Path]:
         return download_split(source.removeprefix("hub:"), split)
     path = Path(source)
     if path.is_dir():
-        found = [path / f"{split}{suffix}" for suffix in _READERS if (path / f"{split}{suffix}").is_file()]
+        found = [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]
         if len(found) != 1:
-            names = ", ".join(f"{split}{suffix}" for suffix in _READERS)
-            raise DataError(f"{path}: expected exactly one of {names}, found {len(found)}")
+            names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+            raise UsageError(f"{path}: expected exactly one of {names}, found {len(found)}")
         return found
     if not path.is_file():
-        raise DataError(f"{path}: no such file or folder")
-    if path.suffix not in _READERS:
-        raise DataError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(_READERS)}")
+        raise UsageError(f"{path}: no such file or folder")
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
     return [path]
 
 
-def _text_of(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8") from error
+def _records(path: Path, label_column: str) -> Iterator[Record]:
+    return _read_parquet(path, label_column) if path.suffix == ".parquet" else read_records(path)
 
 
-def _require(path: Path, line: int, columns: Sequence[str], present: Iterable[object]) -> None:
-    names = list(present)
-    for column in columns:
-        if column not in names:
-            raise DataError(f"{path}:{line}: no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}")
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    return _read_delimited(path, columns, ",")
-
-
-def _read_tsv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    return _read_delimited(path, columns, "\t")
-
-
-def _read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Row]:
-    # newline handling is the csv module's: a quoted field may span lines.
-    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        _require(path, line, columns, reader.fieldnames or ())
-        line = reader.line_num + 1
-        for record in reader:
-            yield Row(line, dict(record))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{line}: not valid CSV: {error}") from error
-
-
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: a JSON object is expected, not {type(record).__name__}")
-        _require(path, number, columns, record)
-        yield Row(number, record)
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _read_parquet(path: Path, label_column: str) -> Iterator[Record]:
     try:
         import pyarrow.parquet as pq
     except ModuleNotFoundError as error:
-        raise DataError(f"{path}: Parquet needs the extra 'parquet': pip install 'millibert[parquet]'") from error
+        raise UsageError(f"{path}: Parquet needs the extra 'parquet': pip install 'millibert[parquet]'") from error
     table = pq.read_table(path)
-    _require(path, 1, columns, table.column_names)
-    names = _class_names(table.schema.metadata or {}, columns[1])
-    for number, record in enumerate(table.select(list(columns)).to_pylist(), start=1):
-        label = record[columns[1]]
+    names = _class_names(table.schema.metadata or {}, label_column)
+    for number, fields in enumerate(table.to_pylist(), start=1):
+        label = fields.get(label_column)
         if names is not None and isinstance(label, int):
-            record[columns[1]] = names[label]
-        yield Row(number, record)
+            fields[label_column] = names[label]
+        yield Record(number, fields)
 
 
 def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str] | None:
@@ -286,11 +227,3 @@ def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str] | None:
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     names = features.get(column, {}).get("names")
     return list(names) if names else None
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

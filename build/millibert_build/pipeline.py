@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
-from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from millibert._errors import UsageError
+from millibert_build.checkpoint import load_model, load_record, save_record
 from millibert_build.dataset import Example, Splits, load_splits
 from millibert_build.engine import (
     Candidate,
@@ -133,9 +133,8 @@ def build(scenario: Scenario, engine: Engine, precision: Precision, out: Path, w
 
 def _checkpoint(scenario: Scenario, base: Base, splits: Splits, folder: Path, progress: Progress) -> Checkpoint:
     """Fine-tune, or take the checkpoint that the same inputs gave before."""
-    record = folder / "millibert.json"
     fingerprint = _fingerprint(scenario, base, splits)
-    earlier = json.loads(record.read_text()) if record.is_file() else {}
+    earlier = load_record(folder)
     if earlier.get("fingerprint") == fingerprint:
         curve = [Epoch(**epoch) for epoch in earlier["curve"]]
         progress.note("unchanged: the checkpoint of the last build is used again")
@@ -143,13 +142,13 @@ def _checkpoint(scenario: Scenario, base: Base, splits: Splits, folder: Path, pr
         unfinished = folder.with_name("checkpoint.new")
         shutil.rmtree(unfinished, ignore_errors=True)
         curve = train(base, splits, scenario.training, scenario.max_tokens, unfinished)
-        saved = {"fingerprint": fingerprint, "curve": [asdict(epoch) for epoch in curve]}
-        (unfinished / record.name).write_text(_json(saved), encoding="utf-8")
+        remembered = {"fingerprint": fingerprint, "max_tokens": scenario.max_tokens}
+        save_record(unfinished, {**remembered, "curve": [asdict(epoch) for epoch in curve]})
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         best = max(curve, key=lambda epoch: epoch.validation_accuracy)
         progress.note(f"validation accuracy {best.validation_accuracy:.4f} after epoch {best.number}")
-    model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(folder)
     tokenizer = limited(load_tokenizer(str(folder)), scenario.max_tokens)
     return Checkpoint(folder, model, tokenizer, curve)
 

@@ -6,6 +6,7 @@ left out of the figures.
 examples:
   millibert evaluate --url grpc://127.0.0.1:8001 --model banking77 --data test.csv --label-column category
   millibert evaluate --url http://127.0.0.1:8000 --model banking77 --data test.jsonl --json > figures.json
+  millibert evaluate --url … --model banking77 --data test.csv --checkpoint .millibert/banking77/checkpoint
 
 The exit status is 0 when all texts were answered, 1 when a call failed, 2 for wrong usage.
 """
@@ -63,6 +64,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests under way at a time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="also run this fine-tuned checkpoint here, in PyTorch and fp32, and measure how often the served "
+        "best label is its own (needs the extra 'build')",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.add_argument(
         "--predictions",
@@ -89,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if not pairs:
         raise failures[0]
     figures = {**_figures(pairs, len(rows)), "seconds": seconds, "model": args.model, "url": args.url}
+    if args.checkpoint is not None:
+        figures["agreement"] = _agreement(pairs, args.checkpoint)
     _warn(pairs, failures, figures)
     if args.predictions is not None:
         _write_predictions(args.predictions, pairs)
@@ -143,6 +153,18 @@ def _figures(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
     }
 
 
+def _agreement(pairs: Sequence[metrics.Pair], checkpoint: Path) -> float:
+    """Share of the answered texts whose best label is the one that the checkpoint gives in process."""
+    try:
+        from millibert_build.checkpoint import best_labels
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--checkpoint needs the extra 'build' ({error.name} is missing): pip install 'millibert[build]'"
+        ) from error
+    own = best_labels(checkpoint, [row.text for row, _ in pairs])
+    return sum(answer.label == label for (_, answer), label in zip(pairs, own, strict=True)) / len(pairs)
+
+
 def _warn(pairs: Sequence[metrics.Pair], failures: Sequence[ServiceError], figures: dict[str, Any]) -> None:
     if failures:
         print(f"error: {figures['errors']} of {figures['n']} texts got no answer:", file=sys.stderr)
@@ -187,4 +209,6 @@ def _table(figures: dict[str, Any]) -> str:
         ("texts", f"{figures['n']}, {figures['errors']} without an answer, {figures['truncated']} truncated"),
         ("seconds", f"{figures['seconds']:.2f}"),
     ]
+    if "agreement" in figures:
+        lines.append(("agreement", f"{figures['agreement']:.4f} with the checkpoint in PyTorch, fp32"))
     return "\n".join(f"{name:<15} {value}" for name, value in lines)

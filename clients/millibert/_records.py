@@ -1,0 +1,88 @@
+"""Records from CSV, TSV and JSON Lines files in UTF-8, each with its line; errors name file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from millibert._errors import UsageError
+
+
+class Record(NamedTuple):
+    """One record and the line, from 1, on which it begins."""
+
+    line: int
+    fields: dict[str, object]
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Read a file by its suffix, one of `READERS`; raises `UsageError` for what cannot be read."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(READERS)}")
+    return reader(path, _decoded(path))
+
+
+def require_column(path: Path, record: Record, column: str) -> None:
+    """Raise `UsageError` that lists the columns there are, unless `column` is one of them."""
+    if column not in record.fields:
+        present = ", ".join(map(repr, record.fields))
+        raise UsageError(f"{path}:{record.line}: no column {column!r}; it has {present or 'none'}")
+
+
+def _decoded(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); convert the file first") from error
+
+
+def _csv(path: Path, content: str, delimiter: str = ",") -> Iterator[Record]:
+    # newline handling is the csv module's: a quoted field may span lines.
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        if not reader.fieldnames:
+            raise UsageError(f"{path}:1: no header")
+        line = reader.line_num + 1
+        for fields in reader:
+            if None in fields:
+                raise UsageError(
+                    f"{path}:{line}: more cells than the header has; a {delimiter!r} inside a text needs quotes "
+                    "around the text"
+                )
+            yield Record(line, dict(fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(f"{path}:{line}: not valid CSV: {error}") from error
+
+
+def _tsv(path: Path, content: str) -> Iterator[Record]:
+    return _csv(path, content, "\t")
+
+
+def _jsonl(path: Path, content: str) -> Iterator[Record]:
+    # Not splitlines(): it also cuts at characters that JSON allows inside a string.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{number}: not valid JSON: {error.msg}") from error
+        if not isinstance(fields, dict):
+            raise UsageError(f"{path}:{number}: a JSON object is expected, not {type(fields).__name__}")
+        yield Record(number, fields)
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}
