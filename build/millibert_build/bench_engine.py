@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from millibert._errors import UsageError
 from millibert_build.engine import Floats, available_precisions, open_engine
+from millibert_build.release import cpu_name
 from millibert_ensemble.models.bert.engines import Arrays
 from millibert_ensemble.models.bert.packing import pack
 from millibert_ensemble.models.bert.threads import cpu_limit
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         precisions = available_precisions(args.engine, packed)
         rows = [_measure(args, precision, packed, padded, batches) for precision in precisions]
     report = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "threads": cpu_limit(),
         "engine": args.engine,
         "batch": args.batch,
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    print(f"{args.engine}, {report['threads']} threads, {report['texts']} texts in batches of {args.batch}")
+    print(f"{report['cpu']}, {report['threads']} threads, {args.engine}")
+    print(f"{report['texts']} texts in batches of {args.batch}, medians of {args.rounds} rounds")
     print(f"{'precision':<10} {'padded texts/s':>15} {'packed texts/s':>15} {'ratio':>6} {'max |Δlogit|':>13}")
     for row in rows:
         print(

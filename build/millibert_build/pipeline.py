@@ -10,13 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import json
-import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from millibert._errors import UsageError
+from millibert_build import release
+from millibert_build import train as training
 from millibert_build.checkpoint import load_model, load_record, save_record
 from millibert_build.dataset import Example, Splits, load_splits
 from millibert_build.engine import (
@@ -43,18 +42,7 @@ from millibert_build.publish import RELEASE_FILE, check_replaceable, replacing
 from millibert_build.repository import Artefacts, hash_files, write_models
 from millibert_build.scenario import Engine, Precision, Scenario
 from millibert_build.tokens import limited, load_tokenizer, token_ids
-from millibert_build.train import Epoch, predict_logits, train
-
-RECORDED_PACKAGES = (
-    "millibert",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "numpy",
-)
+from millibert_build.train import Epoch, best_epoch, predict_logits, train
 
 
 @dataclass(frozen=True)
@@ -112,23 +100,13 @@ def build(scenario: Scenario, engine: Engine, precision: Precision, out: Path, w
         with progress.stage("publish"), replacing(out) as staging:
             artefacts = Artefacts(checkpoint.tokenizer, onnx, splits.labels, engine, chosen.precision)
             write_models(staging, scenario, artefacts)
-            release = {
-                **_describe_release(scenario, base, splits, checkpoint),
-                "engine": {
-                    "kind": engine,
-                    "precision": chosen.precision,
-                    "layout": "packed",
-                    "onnx_sha256": file_sha256(onnx),
-                    "measured": [candidate._asdict() for candidate in candidates],
-                },
-                "metrics": {"test": comparison._asdict()},
-                "machine": {"architecture": platform.machine(), "cpu": _cpu_name()},
-                "versions": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
-                "files": hash_files(staging),
-            }
-            (staging / RELEASE_FILE).write_text(_json(release), encoding="utf-8")
+            manifest = release.describe(scenario, base, splits, checkpoint.curve)
+            manifest["engine"] = release.describe_engine(engine, chosen, candidates, onnx)
+            manifest["metrics"] = {"test": comparison._asdict()}
+            manifest["files"] = hash_files(staging)
+            (staging / RELEASE_FILE).write_text(release.as_json(manifest), encoding="utf-8")
             progress.note(str(out))
-    return release
+    return manifest
 
 
 def _checkpoint(scenario: Scenario, base: Base, splits: Splits, folder: Path, progress: Progress) -> Checkpoint:
@@ -146,7 +124,7 @@ def _checkpoint(scenario: Scenario, base: Base, splits: Splits, folder: Path, pr
         save_record(unfinished, {**remembered, "curve": [asdict(epoch) for epoch in curve]})
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        best = max(curve, key=lambda epoch: epoch.validation_accuracy)
+        best = best_epoch(curve)
         progress.note(f"validation accuracy {best.validation_accuracy:.4f} after epoch {best.number}")
     model = load_model(folder)
     tokenizer = limited(load_tokenizer(str(folder)), scenario.max_tokens)
@@ -162,8 +140,10 @@ def _fingerprint(scenario: Scenario, base: Base, splits: Splits) -> str:
         "training": scenario.training.model_dump(),
         "max_tokens": scenario.max_tokens,
         "versions": [importlib.metadata.version(name) for name in ("millibert", "torch", "transformers")],
+        # While millibert itself is worked on, its version stands still and its recipe does not.
+        "recipe": file_sha256(Path(training.__file__)),
     }
-    return hashlib.sha256(_json(inputs).encode()).hexdigest()
+    return hashlib.sha256(release.as_json(inputs).encode()).hexdigest()
 
 
 def _measured(examples: Sequence[Example], checkpoint: Checkpoint, labels: Sequence[str]) -> Measured:
@@ -203,32 +183,6 @@ def _describe_engine(engine: str, chosen: Candidate, candidates: Sequence[Candid
     return f"{engine} {chosen.precision} ({speeds} on validation texts, in process)"
 
 
-def _describe_release(scenario: Scenario, base: Base, splits: Splits, checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "name": scenario.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "problem": scenario.problem,
-        "labels": list(splits.labels),
-        "max_tokens": scenario.max_tokens,
-        "max_texts": scenario.max_texts,
-        "top_k": scenario.top_k,
-        "data": {
-            "sha256": splits.sha256(),
-            "texts": {
-                "train": len(splits.train),
-                "validation": len(splits.validation),
-                "test": len(splits.test),
-            },
-        },
-        "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
-        "training": {
-            **scenario.training.model_dump(),
-            "curve": [asdict(epoch) for epoch in checkpoint.curve],
-        },
-    }
-
-
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """One build at a time per work folder."""
@@ -239,12 +193,3 @@ def _locked(work: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UsageError(f"{work}: another build is running there; wait for it or use another --work") from error
         yield
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

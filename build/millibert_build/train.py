@@ -40,6 +40,12 @@ class Epoch:
     number: int
     loss: float
     validation_accuracy: float
+    validation_loss: float
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """What the best epoch is chosen by: accuracy, and where a small validation set ties, the lower loss."""
+        return self.validation_accuracy, -self.validation_loss
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,16 @@ def train(base: Base, splits: Splits, training: Training, max_tokens: int, folde
     averaged = cast(PreTrainedModel, average.module)
     curve: list[Epoch] = []
     for epoch in _epochs(model, average, train_set, validation_set, training):
-        if not curve or epoch.validation_accuracy > max(e.validation_accuracy for e in curve):
+        if not curve or epoch.score > best_epoch(curve).score:
             averaged.save_pretrained(folder)
         curve.append(epoch)
     tokenizer.save_pretrained(folder)
     return curve
+
+
+def best_epoch(curve: Sequence[Epoch]) -> Epoch:
+    """The epoch whose checkpoint was kept."""
+    return max(curve, key=lambda epoch: epoch.score)
 
 
 def predict_logits(model: PreTrainedModel, ids: Sequence[Sequence[int]], show: str | None = None) -> Tensor:
@@ -154,11 +165,11 @@ def _epochs(
                 losses.append(_step(model, batch, optimizer, schedule, training.label_smoothing))
                 average.update_parameters(model)
                 bar.update()
-            predicted = predict_logits(
-                cast(PreTrainedModel, average.module), [example.ids for example in validation_set]
-            ).argmax(1)
-            accuracy = float((predicted == targets).float().mean())
-            epoch = Epoch(number, sum(losses) / len(losses), accuracy)
+            averaged = cast(PreTrainedModel, average.module)
+            logits = predict_logits(averaged, [example.ids for example in validation_set])
+            accuracy = float((logits.argmax(1) == targets).float().mean())
+            validation_loss = float(nn.functional.cross_entropy(logits, targets))
+            epoch = Epoch(number, sum(losses) / len(losses), accuracy, validation_loss)
             bar.set_postfix_str(f"epoch {number} loss {epoch.loss:.3f} validation {accuracy:.4f}")
             yield epoch
 

@@ -1,0 +1,63 @@
+"""The manifest of a release: what it was made from, with what, and what it measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from millibert_build.dataset import Splits
+from millibert_build.engine import Candidate
+from millibert_build.hub import Base, file_sha256
+from millibert_build.scenario import Scenario
+from millibert_build.train import Epoch
+
+FORMAT = 1
+_PACKAGES = ("millibert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "numpy")
+
+
+def describe(scenario: Scenario, base: Base, splits: Splits, curve: Sequence[Epoch]) -> dict[str, Any]:
+    """All that is known before an engine is chosen."""
+    texts = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
+    return {
+        "format": FORMAT,
+        "name": scenario.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "problem": scenario.problem,
+        "labels": list(splits.labels),
+        "max_tokens": scenario.max_tokens,
+        "max_texts": scenario.max_texts,
+        "top_k": scenario.top_k,
+        "data": {"sha256": splits.sha256(), "texts": texts},
+        "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
+        "training": {**scenario.training.model_dump(), "curve": [asdict(epoch) for epoch in curve]},
+        "machine": {"architecture": platform.machine(), "cpu": cpu_name()},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def describe_engine(kind: str, chosen: Candidate, candidates: Sequence[Candidate], onnx: Path) -> dict[str, Any]:
+    """The engine, and the candidates that it was chosen from."""
+    return {
+        "kind": kind,
+        "precision": chosen.precision,
+        "layout": "packed",
+        "onnx_sha256": file_sha256(onnx),
+        "measured": [candidate._asdict() for candidate in candidates],
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's own name for itself."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def as_json(document: Mapping[str, Any]) -> str:
+    """Indented, readable JSON with a final line end."""
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
