@@ -149,10 +149,11 @@ def test_a_second_signal_hurries(triton: Triton) -> None:
         slow.start()
         time.sleep(0.5)
         server.process.send_signal(signal.SIGINT)
+        until(lambda: "a second signal hurries" in server.log())
         time.sleep(0.5)
         assert server.process.poll() is None, "it did not wait for the request at all"
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(5) == 1
+        assert server.process.wait(HONEST_SECONDS) == 1
         slow.join()
 
 

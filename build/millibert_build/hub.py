@@ -46,7 +46,8 @@ def resolve_base(base: str) -> Base:
 def download_split(dataset: str, split: str) -> list[Path]:
     """Fetch one split of a hub data set (`owner/name`) from the hub's own Parquet conversion of it."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    # HTTPError is that of the HTTP library it is built with, and the base of its own errors.
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
 
     revision = "refs/convert/parquet"
     try:
@@ -57,7 +58,7 @@ def download_split(dataset: str, split: str) -> list[Path]:
         return [Path(hf_hub_download(dataset, name, repo_type="dataset", revision=revision)) for name in wanted]
     except RepositoryNotFoundError as error:
         raise UsageError(f"hub:{dataset}: no such data set on the hub (or it is private)") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise UsageError(f"hub:{dataset}: cannot fetch it: {error}; a local copy (.csv, .jsonl) works too") from error
 
 

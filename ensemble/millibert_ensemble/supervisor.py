@@ -113,8 +113,8 @@ class Supervisor:
         return event if self.server.exit_status is None else self.server.obituary()
 
     def _drain(self) -> int:
-        self._report("stopping: requests in flight are answered first; a second signal hurries")
         self._signals.clear()
+        self._report("stopping: requests in flight are answered first; a second signal hurries")
         with _Watch() as watch:
             watch.add(self._signals.fileno(), _STOP)
             watch.add_process(self.server.pid, _SERVER)
