@@ -46,6 +46,7 @@ def resolve_base(base: str) -> Base:
 def download_split(dataset: str, split: str) -> list[Path]:
     """Fetch one split of a hub data set (`owner/name`) from the hub's own Parquet conversion of it."""
     from huggingface_hub import HfApi, hf_hub_download
+
     # HTTPError is that of the HTTP library it is built with, and the base of its own errors.
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
 
