@@ -26,7 +26,8 @@ from millibert._errors import (
 from millibert._types import Classification, Prediction
 
 if TYPE_CHECKING:
-    from millibert._client import Client, connect
+    from millibert._client import Client
+    from millibert._connect import connect
     from millibert._grpc import GrpcClient
     from millibert._http import HttpClient
 
@@ -49,7 +50,7 @@ __all__ = [
 
 _HOME_OF = {
     "Client": "millibert._client",
-    "connect": "millibert._client",
+    "connect": "millibert._connect",
     "GrpcClient": "millibert._grpc",
     "HttpClient": "millibert._http",
 }

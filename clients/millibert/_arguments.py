@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from millibert._client import DEFAULT_TIMEOUT, Client, connect, parse_address
+from millibert._client import DEFAULT_TIMEOUT, Client, parse_address
+from millibert._connect import connect
 from millibert._errors import InvalidRequest, UsageError
 
 T = TypeVar("T")
