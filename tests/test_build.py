@@ -46,6 +46,8 @@ def test_the_manifest_says_what_was_built_and_how_good_it_is(release):
     # Two epochs teach something: ten labels by chance are 0.1.
     assert 0.2 < test["engine_accuracy"] <= 1
     assert test["agreement"] >= 0.99
+    assert test["temperature"] != 1
+    assert test["calibration_error"] < test["calibration_error_before"]
     assert [epoch["number"] for epoch in manifest["training"]["curve"]] == [1, 2]
 
 

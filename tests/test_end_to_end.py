@@ -68,18 +68,20 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def in_process(release):
-    """Probabilities [texts, labels] of the fine-tuned checkpoint in PyTorch, each text by itself."""
+    """Calibrated probabilities [texts, labels] of the checkpoint in PyTorch, each text by itself."""
     from transformers import AutoTokenizer, BertForSequenceClassification
 
     tokenizer = AutoTokenizer.from_pretrained(release.work / "checkpoint")
     model = BertForSequenceClassification.from_pretrained(release.work / "checkpoint").eval()
+    manifest = json.loads((release.repository / "release.json").read_text())
+    temperature = manifest["metrics"]["test"]["temperature"]
 
     def probabilities(texts: list[str]) -> np.ndarray:
         rows = []
         for text in texts:
             inputs = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             with torch.inference_mode():
-                rows.append(torch.softmax(model(**inputs).logits[0], 0).numpy())
+                rows.append(torch.softmax(model(**inputs).logits[0] / temperature, 0).numpy())
         return np.stack(rows)
 
     return probabilities

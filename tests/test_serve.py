@@ -144,15 +144,16 @@ def test_sigterm_waits_for_requests_in_flight(triton: Triton) -> None:
 
 @pytest.mark.e2e
 def test_a_second_signal_hurries(triton: Triton) -> None:
+    # SIGTERM: a SIGINT that this test run was told to ignore is ignored by its children too.
     with triton(REPOSITORY) as server:
         slow = threading.Thread(target=ask, args=(server.http_url, "sleep 60"))
         slow.start()
         time.sleep(0.5)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
         until(lambda: "a second signal hurries" in server.log())
         time.sleep(0.5)
         assert server.process.poll() is None, "it did not wait for the request at all"
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(HONEST_SECONDS) == 1
         slow.join()
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from millibert._errors import MillibertError
+from millibert_build.calibrate import expected_calibration_error
 from millibert_build.engine import Floats, agreement
 from millibert_build.scenario import Gates
 from millibert_ensemble.models.postprocess.ranking import softmax
@@ -19,7 +20,11 @@ class GateError(MillibertError):
 
 
 class Comparison(NamedTuple):
-    """The engine against the fp32 checkpoint on the same texts. All but `texts` and the change are shares."""
+    """The engine against the fp32 checkpoint on the same texts. Accuracies, F1 and agreement are shares.
+
+    `calibration_error` is the expected calibration error of the engine's probabilities at `temperature`, and
+    `_before` that of its plain softmax.
+    """
 
     texts: int
     checkpoint_accuracy: float
@@ -27,12 +32,16 @@ class Comparison(NamedTuple):
     engine_macro_f1: float
     agreement: float
     max_probability_change: float
+    temperature: float
+    calibration_error: float
+    calibration_error_before: float
 
 
-def compare(reference: Floats, logits: Floats, targets: Sequence[int]) -> Comparison:
+def compare(reference: Floats, logits: Floats, targets: Sequence[int], temperature: float) -> Comparison:
     """Measure both sets of logits [texts, labels] against the right label ids."""
     right = np.asarray(targets)
-    change = np.abs(softmax(logits) - softmax(reference)).max()
+    served = softmax(logits / np.float32(temperature))
+    change = np.abs(served - softmax(reference / np.float32(temperature))).max()
     return Comparison(
         texts=len(right),
         checkpoint_accuracy=float((reference.argmax(1) == right).mean()),
@@ -40,6 +49,9 @@ def compare(reference: Floats, logits: Floats, targets: Sequence[int]) -> Compar
         engine_macro_f1=macro_f1(right, logits.argmax(1), logits.shape[1]),
         agreement=agreement(logits, reference),
         max_probability_change=float(change),
+        temperature=temperature,
+        calibration_error=expected_calibration_error(served, right),
+        calibration_error_before=expected_calibration_error(softmax(logits), right),
     )
 
 

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from millibert._errors import UsageError
 from millibert_build import release
 from millibert_build import train as training
+from millibert_build.calibrate import fit_temperature
 from millibert_build.checkpoint import load_model, load_record, save_record
 from millibert_build.dataset import Example, Splits, load_splits
 from millibert_build.engine import (
@@ -89,16 +91,18 @@ def build(scenario: Scenario, engine: Engine, precision: Precision, out: Path, w
             validation = _measured(splits.validation, checkpoint, splits.labels)
             chosen, candidates = _choose_precision(scenario, engine, precision, onnx, validation)
             progress.note(_describe_engine(engine, chosen, candidates))
+            temperature = fit_temperature(validation.reference, np.asarray(validation.targets))
         with progress.stage("evaluate"):
             test = _measured(splits.test, checkpoint, splits.labels)
-            comparison = _compare(scenario, engine, chosen.precision, onnx, test)
+            comparison = _compare(scenario, engine, chosen.precision, onnx, test, temperature)
             progress.note(
                 f"test accuracy {comparison.engine_accuracy:.4f}, checkpoint {comparison.checkpoint_accuracy:.4f}, "
-                f"agreement {comparison.agreement:.4f}"
+                f"agreement {comparison.agreement:.4f}, calibration error {comparison.calibration_error:.4f} "
+                f"(uncalibrated {comparison.calibration_error_before:.4f})"
             )
             check_gates(comparison, scenario.gates)
         with progress.stage("publish"), replacing(out) as staging:
-            artefacts = Artefacts(checkpoint.tokenizer, onnx, splits.labels, engine, chosen.precision)
+            artefacts = Artefacts(checkpoint.tokenizer, onnx, splits.labels, engine, chosen.precision, temperature)
             write_models(staging, scenario, artefacts)
             manifest = release.describe(scenario, base, splits, checkpoint.curve)
             manifest["engine"] = release.describe_engine(engine, chosen, candidates, onnx)
@@ -163,9 +167,11 @@ def _choose_precision(
     return choose(candidates, scenario.gates.min_agreement), candidates
 
 
-def _compare(scenario: Scenario, engine: Engine, precision: str, onnx: Path, test: Measured) -> Comparison:
+def _compare(
+    scenario: Scenario, engine: Engine, precision: str, onnx: Path, test: Measured, temperature: float
+) -> Comparison:
     logits = run_packed(open_engine(engine, onnx, precision), test.ids, scenario.max_texts)
-    return compare(test.reference, logits, test.targets)
+    return compare(test.reference, logits, test.targets, temperature)
 
 
 def _check_top_k(scenario: Scenario, splits: Splits) -> None:

@@ -44,6 +44,7 @@ class Artefacts:
     labels: Sequence[str]
     engine: str
     precision: str
+    temperature: float
 
 
 def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None:
@@ -54,7 +55,11 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
             "precision": artefacts.precision,
             "max_tokens": str(scenario.max_tokens),
         },
-        contract.POSTPROCESS: {"problem": scenario.problem, "top_k": str(scenario.top_k)},
+        contract.POSTPROCESS: {
+            "problem": scenario.problem,
+            "temperature": repr(artefacts.temperature),
+            "top_k": str(scenario.top_k),
+        },
     }
     for template in _INSIDE:
         config = load_config(template)

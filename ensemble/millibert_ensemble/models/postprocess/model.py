@@ -16,12 +16,13 @@ class TritonPythonModel:
     """logits -> LABEL, SCORE, LABEL_ID."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the labels; problem type and default K are parameters of the config."""
+        """Load the labels; problem type, temperature and default K are parameters of the config."""
         parameters = json.loads(args["model_config"])["parameters"]
         folder = Path(args["model_repository"]) / args["model_version"]
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         self._labels = np.array([label.encode() for label in labels], dtype=np.object_)
         self._activation = ACTIVATIONS[parameters["problem"]["string_value"]]
+        self._temperature = np.float32(parameters["temperature"]["string_value"])
         self._top_k = int(parameters["top_k"]["string_value"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -29,7 +30,7 @@ class TritonPythonModel:
         logits = [pb_utils.get_input_tensor_by_name(request, "logits").as_numpy() for request in requests]
         # A row of NaN is an engine that could not trust its input; it only spoils its own request.
         with np.errstate(invalid="ignore"):
-            scores = self._activation(np.concatenate(logits))
+            scores = self._activation(np.concatenate(logits) / self._temperature)
         ends = np.cumsum([len(rows) for rows in logits])
         return [
             self._answer(request, rows) for request, rows in zip(requests, np.split(scores, ends[:-1]), strict=True)
