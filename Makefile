@@ -19,7 +19,7 @@ help:
 	@echo "make clean   remove the environment, checkpoints and the built repository"
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
-	@echo "installing into .venv (torch, transformers, OpenVINO, Triton: 1.5 GB, some minutes) …"
+	@echo "installing into .venv (torch, transformers, OpenVINO, Triton: 2.2 GB, some minutes) …"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[build,serve,demo,dev]'
 	@touch $@
