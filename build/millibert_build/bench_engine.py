@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from millibert._errors import UsageError
 from millibert_build.engine import Floats, available_precisions, open_engine
 from millibert_build.release import cpu_name
+from millibert_build.scenario import Engine
 from millibert_ensemble.models.bert.engines import Arrays
 from millibert_ensemble.models.bert.packing import pack
 from millibert_ensemble.models.bert.threads import cpu_limit
@@ -34,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a fine-tuned checkpoint")
     parser.add_argument("--data", required=True, metavar="FILE", help="texts, labelled or not")
     parser.add_argument("--text-column", default="text", metavar="NAME")
-    parser.add_argument("--engine", choices=("openvino", "onnxruntime"), default="openvino")
+    parser.add_argument("--engine", choices=typing.get_args(Engine), default="openvino")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="texts of a batch (default: 32)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -30,8 +29,3 @@ def limited(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> Tokenizer:
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, special tokens included."""
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
-
-
-def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write `tokenizer.json` with the truncation that the server shall apply."""
-    tokenizer.save(str(path))
