@@ -44,7 +44,7 @@ def test_the_manifest_says_what_was_built_and_how_good_it_is(release):
     test = manifest["metrics"]["test"]
     assert test["texts"] == 250
     # Two epochs teach something: ten labels by chance are 0.1.
-    assert 0.2 < test["engine_accuracy"] <= 1
+    assert 0.2 < test["engine_score"] <= 1
     assert test["agreement"] >= 0.99
     assert test["temperature"] != 1
     assert test["calibration_error"] < test["calibration_error_before"]

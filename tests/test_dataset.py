@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from millibert import UsageError
-from millibert_build.dataset import load_examples, load_splits, stratified
+from millibert_build.dataset import load_examples, load_splits, stratified, target_matrix
 from millibert_build.scenario import Data
 
+NLUPP = Path(__file__).parents[2] / "shared" / "data" / "nlupp" / "banking"
 BANKING77 = Path(__file__).parents[2] / "shared" / "data" / "banking77"
 
 
@@ -25,12 +27,13 @@ def write(tmp_path):
     return _write
 
 
-def load(source: str, text: str = "text", label: str = "label"):
-    return load_examples(source, "train", text, label)
+def load(source: str, text: str = "text", label: str = "label", problem="single_label"):
+    data = Data(train=source, test=source, text_column=text, label_column=label)
+    return load_examples(source, "train", data, problem)
 
 
-def splits(train: str, test: str, labels=None, **data):
-    return load_splits(Data(train=train, test=test, **data), labels, seed=1)
+def splits(train, test, labels=None, problem="single_label", **data):
+    return load_splits(Data(train=train, test=test, **data), labels, seed=1, problem=problem)
 
 
 def rows(*examples: tuple[str, str]) -> str:
@@ -43,14 +46,14 @@ TRAIN = rows(*((f"{label} number {i}", label) for label in "ab" for i in range(1
 def test_csv_keeps_text_label_and_line(write):
     path = write("data.csv", 'label,text\nx,"two\nlines, one text"\ny,näxt\n')
     first, second = load(path)
-    assert (first.text, first.label, first.line) == ("two\nlines, one text", "x", 2)
-    assert (second.text, second.label, second.line) == ("näxt", "y", 4)
+    assert (first.text, first.labels[0], first.line) == ("two\nlines, one text", "x", 2)
+    assert (second.text, second.labels[0], second.line) == ("näxt", "y", 4)
     assert second.place == f"{path}:4"
 
 
 def test_csv_reads_a_byte_order_mark_and_windows_line_ends(write):
     examples = load(write("data.csv", b"\xef\xbb\xbftext,label\r\none,a\r\ntwo,b\r\n"))
-    assert [(e.text, e.label) for e in examples] == [("one", "a"), ("two", "b")]
+    assert [(e.text, e.labels[0]) for e in examples] == [("one", "a"), ("two", "b")]
 
 
 def test_a_line_separator_inside_a_text_does_not_split_it(write):
@@ -71,7 +74,7 @@ def test_every_format_gives_the_same_examples(suffix, write, tmp_path):
         lines = [mark.join(f'"{v}"' for v in row) for row in (records[0], *(r.values() for r in records))]
         path = write(f"data.{suffix}", "\n".join(lines))
     examples = load(path, "utterance", "intent")
-    assert [(e.text, e.label) for e in examples] == [("hello, there", "greet"), ("bye 👋", "part")]
+    assert [(e.text, e.labels[0]) for e in examples] == [("hello, there", "greet"), ("bye 👋", "part")]
 
 
 def parquet(path: Path, records: list[dict], features: dict | None = None) -> None:
@@ -88,7 +91,7 @@ def parquet(path: Path, records: list[dict], features: dict | None = None) -> No
 def test_parquet_class_labels_get_their_names(tmp_path):
     features = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
     parquet(tmp_path / "a.parquet", [{"text": "sure", "label": 1}, {"text": "never", "label": 0}], features)
-    assert [e.label for e in load(str(tmp_path / "a.parquet"))] == ["yes", "no"]
+    assert [e.labels[0] for e in load(str(tmp_path / "a.parquet"))] == ["yes", "no"]
 
 
 def test_parquet_without_label_names_is_refused(tmp_path):
@@ -175,6 +178,92 @@ def test_the_same_text_in_two_splits_is_refused_with_both_places(write):
         splits(write("train.csv", TRAIN), test)
 
 
+def test_copies_can_be_left_out_of_training_instead(write):
+    test = write("test.csv", rows(("new", "a"), ("b number 3", "b")))
+    found = splits(write("train.csv", TRAIN), test, copies="drop")
+    assert "b number 3" not in {e.text for e in (*found.train, *found.validation)}
+    assert found.warnings == ("1 training texts left out: the held-out data have them too",)
+
+
+def test_several_files_and_wildcards_are_read_in_order(write, tmp_path):
+    for number in range(3):
+        write(f"part{number}.csv", rows((f"text {number}", "a")))
+    found = load(str(tmp_path / "part[0-1].csv"))
+    assert [(e.text, e.line) for e in found] == [("text 0", 2), ("text 1", 2)]
+    both = (str(tmp_path / "part2.csv"), str(tmp_path / "part0.csv"))
+    assert [e.text for e in load_examples(both, "train", Data(train="", test=""), "single_label")] == [
+        "text 2",
+        "text 0",
+    ]
+    with pytest.raises(UsageError, match="no such file or folder"):
+        load(str(tmp_path / "other*.csv"))
+
+
+JSON = """[
+  {"text": "one", "intents": ["a", "b", "a"]},
+  {"text": "two"},
+  {"text": "three", "intents": []}
+]
+"""
+
+
+def test_a_json_array_gives_each_text_its_labels_and_line(write):
+    found = load(write("data.json", JSON), label="intents", problem="multi_label")
+    assert [(e.text, e.labels, e.line) for e in found] == [("one", ("a", "b"), 2), ("two", (), 3), ("three", (), 4)]
+
+
+def test_labels_in_one_field_are_separated(write):
+    found = load(write("data.csv", rows(("one", "a|b"), ("two", ""))), problem="multi_label")
+    assert [e.labels for e in found] == [("a", "b"), ()]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "x"}', r"bad\.json:1: a JSON array of objects is expected"),
+        ('[{"text": "x", "label": [1]}]', r"bad\.json:1: column 'label' holds \[1\], not labels"),
+        ('[\n{"text": "x"},\n7]', r"bad\.json:3: a JSON object is expected, not int"),
+        ('[\n{"text": "x"}\n{"text": "y"}]', r"bad\.json:3: not valid JSON: expected ',' or '\]'"),
+        ('[\n{"text": "x"},\n{"text" "y"}]', r"bad\.json:3: not valid JSON"),
+        ('[{"text": "x"}', r"bad\.json:1: not valid JSON"),
+        ('[{"text": "x"}]', r"bad\.json: no record has a column 'label'"),
+    ],
+)
+def test_bad_json_names_file_line_and_reason(write, content, message):
+    with pytest.raises(UsageError, match=message):
+        load(write("bad.json", content), problem="multi_label")
+
+
+def test_every_label_of_a_multi_label_set_is_held_out_in_proportion(write):
+    generator = random.Random(0)
+    texts = [
+        {"text": f"text {n}", "label": [label for i, label in enumerate("abcd") if generator.random() < 0.5 / (i + 1)]}
+        for n in range(400)
+    ]
+    examples = load(write("data.json", json.dumps(texts)), problem="multi_label")
+    kept, held = stratified(examples, 0.2, seed=1)
+    assert sorted(e.text for e in (*kept, *held)) == sorted(e.text for e in examples)
+    everywhere, out = (Counter(label for e in part for label in e.labels or ("",)) for part in (examples, held))
+    for label, count in everywhere.items():
+        assert out[label] / count == pytest.approx(0.2, abs=0.08), label
+
+
+def test_targets_are_multi_hot(write):
+    examples = load(write("data.csv", rows(("one", "b|a"), ("two", ""))), problem="multi_label")
+    assert target_matrix(examples, ("a", "b", "c")).tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.skipif(not NLUPP.is_dir(), reason="NLU++ is not on this machine")
+def test_nlupp_loads():
+    train = (str(NLUPP / "fold[0-9].json"), str(NLUPP / "fold1[0-5].json"))
+    source = {"train": train, "test": str(NLUPP / "fold1[6-9].json"), "label_column": "intents"}
+    with pytest.raises(UsageError, match="the same text is in the train data"):
+        splits(**source, problem="multi_label")
+    found = splits(**source, problem="multi_label", copies="drop")
+    assert len(found.labels) == 48
+    assert len(found.test) == 413
+
+
 def test_a_training_text_that_differs_in_case_and_space_is_left_out_with_a_warning(write):
     test = write("test.csv", rows(("B  Number 3 ", "b")))
     found = splits(write("train.csv", TRAIN), test)
@@ -187,7 +276,7 @@ def test_a_training_text_that_differs_in_case_and_space_is_left_out_with_a_warni
 def test_validation_is_split_off_by_label_and_by_seed(write):
     examples = load(write("train.csv", TRAIN))
     kept, held = stratified(examples, 0.2, seed=3)
-    assert Counter(e.label for e in held) == {"a": 2, "b": 2}
+    assert Counter(e.labels[0] for e in held) == {"a": 2, "b": 2}
     assert sorted(e.text for e in (*kept, *held)) == sorted(e.text for e in examples)
     assert stratified(examples, 0.2, seed=3) == (kept, held)
     assert stratified(examples, 0.2, seed=4) != (kept, held)
@@ -196,8 +285,8 @@ def test_validation_is_split_off_by_label_and_by_seed(write):
 def test_a_label_with_one_text_stays_in_training(write):
     examples = load(write("train.csv", TRAIN + '"lonely",c\n'))
     kept, held = stratified(examples, 0.2, seed=3)
-    assert "c" in {e.label for e in kept}
-    assert "c" not in {e.label for e in held}
+    assert "c" in {e.labels[0] for e in kept}
+    assert "c" not in {e.labels[0] for e in held}
 
 
 def test_labels_are_sorted_or_as_given(write):

@@ -118,7 +118,7 @@ def test_evaluate_measures_accuracy_and_agreement_with_the_checkpoint(server, re
     assert figures["n"] == len(texts) == 250
     assert figures["errors"] == 0
     assert figures["agreement"] >= 0.999
-    assert figures["accuracy"] == pytest.approx(manifest["metrics"]["test"]["engine_accuracy"], abs=1e-9)
+    assert figures["accuracy"] == pytest.approx(manifest["metrics"]["test"]["engine_score"], abs=1e-9)
 
 
 def test_labels_and_ids_belong_together(client, texts):

@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from millibert._errors import UsageError
+from millibert_build.batches import predict_logits
 from millibert_build.tokens import limited, load_tokenizer, token_ids
-from millibert_build.train import predict_logits
 
 RECORD = "millibert.json"
 

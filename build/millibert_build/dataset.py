@@ -1,12 +1,13 @@
 """Labelled text from files or a hub to checked splits.
 
-Every error names the file, the line and the reason. Sources: `.csv`, `.tsv`, `.jsonl` and `.parquet` files, a
-folder that holds one of these per split (`train.csv`, `test.csv`), and `hub:owner/name` (the Parquet form in
-which the Hugging Face hub offers every public data set).
+Every error names the file, the line and the reason. Sources: `.csv`, `.tsv`, `.json`, `.jsonl` and `.parquet` files,
+file names with wildcards, folders that hold one file per split (`train.csv`, `test.csv`), `hub:owner/name` (the
+Parquet form in which the Hugging Face hub offers every public data set), and lists of all these.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import random
@@ -15,9 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from millibert._errors import UsageError
 from millibert._records import READERS, Record, read_records, require_column
-from millibert_build.scenario import Data
+from millibert_build.scenario import Data, Problem, Sources
 
 SHOWN_PROBLEMS = 5
 SUFFIXES = (*READERS, ".parquet")
@@ -25,10 +29,10 @@ SUFFIXES = (*READERS, ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled text and where it came from."""
+    """One labelled text and where it came from. Single-label: one label; multi-label: any number, also none."""
 
     text: str
-    label: str
+    labels: tuple[str, ...]
     file: str
     line: int
 
@@ -47,96 +51,144 @@ class Splits:
     test: tuple[Example, ...]
     labels: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    problem: Problem = "single_label"
+    out_of_scope: tuple[str, ...] = ()
 
     def sha256(self) -> str:
         """Hash of all texts and labels, split by split: the same data give the same hash."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
             for example in split:
-                digest.update(json.dumps([example.text, example.label]).encode())
+                digest.update(json.dumps([example.text, example.labels]).encode())
             digest.update(b"\x00")
         return digest.hexdigest()
 
 
-def load_splits(data: Data, labels: Sequence[str] | None, seed: int) -> Splits:
+def target_matrix(examples: Sequence[Example], labels: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Multi-hot [texts, labels]: 1 where a label fits a text."""
+    number = {label: index for index, label in enumerate(labels)}
+    matrix = np.zeros((len(examples), len(labels)), np.float32)
+    for row, example in zip(matrix, examples, strict=True):
+        row[[number[label] for label in example.labels]] = 1
+    return matrix
+
+
+def load_splits(data: Data, labels: Sequence[str] | None, seed: int, problem: Problem = "single_label") -> Splits:
     """Read, check and split. `labels` fixes the label list and its order; None takes the training data's."""
-    train = load_examples(data.train, "train", data.text_column, data.label_column)
-    test = load_examples(data.test, "test", data.text_column, data.label_column)
-    known = tuple(labels) if labels is not None else tuple(sorted({example.label for example in train}))
-    if len({example.label for example in train}) < 2:
-        raise UsageError(f"{data.train}: only one class, {train[0].label!r}; a classifier needs at least two")
-    if data.validation is not None:
-        validation = load_examples(data.validation, "validation", data.text_column, data.label_column)
-    else:
-        validation = ()
+
+    def load(sources: Sources, split: str) -> tuple[Example, ...]:
+        return load_examples(sources, split, data, problem)
+
+    train, test = load(data.train, "train"), load(data.test, "test")
+    validation = load(data.validation, "validation") if data.validation is not None else ()
+    found = sorted({label for example in train for label in example.labels})
+    known = tuple(labels) if labels is not None else tuple(found)
+    if len(known) < 2 or (problem == "single_label" and len(found) < 2):
+        only = repr(found[0]) if found else "and that without a name"
+        raise UsageError(f"{_named(data.train)}: only one class, {only}; a classifier needs at least two")
     for split in (train, validation, test):
         _refuse(_unknown_labels(split, known))
-    _refuse(_copies_across({"train": train, "validation": validation, "test": test}))
-    train, warnings = _without_variants(train, (*validation, *test))
+    train, warnings = _without_copies(train, validation, test, data.copies)
+    train, more = _without_variants(train, (*validation, *test))
     if not validation:
         train, validation = stratified(train, data.validation_share, seed)
-    return Splits(train, validation, test, known, warnings)
+    outside = load_texts(data.out_of_scope, data.text_column) if data.out_of_scope is not None else ()
+    return Splits(train, validation, test, known, (*warnings, *more), problem, tuple(outside))
 
 
-def load_examples(source: str, split: str, text_column: str, label_column: str) -> tuple[Example, ...]:
-    """Read one source; raises `UsageError` with the first few problems, each with file and line."""
+def load_examples(sources: Sources, split: str, data: Data, problem: Problem) -> tuple[Example, ...]:
+    """Read all sources of a split; raises `UsageError` with the first few problems, each with file and line."""
     examples: list[Example] = []
     problems: list[str] = []
-    for path in _files(source, split):
-        for record in _records(path, label_column):
-            require_column(path, record, text_column)
-            require_column(path, record, label_column)
+    for path in _files(sources, split):
+        records = labelled = 0
+        for record in _records(path, data.label_column):
+            require_column(path, record, data.text_column)
+            records, labelled = records + 1, labelled + (data.label_column in record.fields)
+            if problem == "single_label":
+                require_column(path, record, data.label_column)
             try:
-                examples.append(_example(path, record, text_column, label_column))
+                examples.append(_example(path, record, data, problem))
             except UsageError as error:
                 problems.append(str(error))
+        if records and not labelled:
+            raise UsageError(f"{path}: no record has a column {data.label_column!r}")
     _refuse(problems)
     if not examples:
-        raise UsageError(f"{source}: no examples")
+        raise UsageError(f"{_named(sources)}: no examples")
     return tuple(examples)
 
 
-def load_texts(source: str, text_column: str) -> list[str]:
-    """The texts of one file, labels or not; empty ones are errors as everywhere."""
-    return [example.text for example in load_examples(source, "test", text_column, text_column)]
+def load_texts(sources: Sources, text_column: str) -> list[str]:
+    """The texts of files, labels or not; empty ones are errors as everywhere."""
+    columns = Data(train="", test="", text_column=text_column, label_column=text_column)
+    return [example.text for example in load_examples(sources, "test", columns, "single_label")]
 
 
 def stratified(examples: Sequence[Example], share: float, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Hold out `share` of each label (at least one text, never the last one): (kept, held out)."""
-    by_label: dict[str, list[int]] = defaultdict(list)
+    """Hold out `share` of each label (at least one text, never the last one): (kept, held out).
+
+    With several labels a text: iterative stratification (Sechidis et al., "On the Stratification of Multi-Label
+    Data", 2011). The rarest label is dealt with first, and each of its texts counts for all its other labels too.
+    Texts without a label are a group of their own.
+    """
+    waiting: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
-        by_label[example.label].append(index)
+        for label in example.labels or ("",):
+            waiting[label].append(index)
+    wanted = {label: _held_out(len(indices), share) for label, indices in waiting.items()}
     chosen: set[int] = set()
+    decided: set[int] = set()
     generator = random.Random(seed)  # noqa: S311 - a split, not a secret
-    for label in sorted(by_label):
-        indices = by_label[label]
-        count = min(max(1, round(share * len(indices))), len(indices) - 1)
-        chosen.update(generator.sample(indices, count))
+    for label in sorted(waiting, key=lambda name: (len(waiting[name]), name)):
+        free = [index for index in waiting[label] if index not in decided]
+        already = sum(index in chosen for index in waiting[label])
+        chosen.update(generator.sample(free, min(len(free), max(0, wanted[label] - already))))
+        decided.update(free)
     kept = tuple(example for index, example in enumerate(examples) if index not in chosen)
     return kept, tuple(examples[index] for index in sorted(chosen))
 
 
-def _example(path: Path, record: Record, text_column: str, label_column: str) -> Example:
+def _held_out(count: int, share: float) -> int:
+    return min(max(1, round(share * count)), count - 1)
+
+
+def _example(path: Path, record: Record, data: Data, problem: Problem) -> Example:
     place = f"{path}:{record.line}"
-    text, label = record.fields[text_column], record.fields[label_column]
-    for column, value in ((text_column, text), (label_column, label)):
-        if value is None:
-            raise UsageError(f"{place}: no value in column {column!r}")
-        if not isinstance(value, str):
-            raise UsageError(f"{place}: column {column!r} holds {type(value).__name__}, not text")
-        if not value.strip():
-            raise UsageError(f"{place}: empty {column!r}")
-    assert isinstance(text, str)
-    assert isinstance(label, str)
-    return Example(text, label.strip(), str(path), record.line)
+    text = _filled(place, data.text_column, record.fields[data.text_column])
+    value = record.fields.get(data.label_column)
+    if problem == "single_label":
+        return Example(text, (_filled(place, data.label_column, value).strip(),), str(path), record.line)
+    return Example(text, _label_set(place, value, data), str(path), record.line)
+
+
+def _filled(place: str, column: str, value: object) -> str:
+    if value is None:
+        raise UsageError(f"{place}: no value in column {column!r}")
+    if not isinstance(value, str):
+        raise UsageError(f"{place}: column {column!r} holds {type(value).__name__}, not text")
+    if not value.strip():
+        raise UsageError(f"{place}: empty {column!r}")
+    return value
+
+
+def _label_set(place: str, value: object, data: Data) -> tuple[str, ...]:
+    """The labels of one field: a list, or text with separators; nothing at all is no label."""
+    if value is None:
+        return ()
+    parts = value.split(data.label_separator) if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise UsageError(f"{place}: column {data.label_column!r} holds {value!r}, not labels (a list, or text)")
+    return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))  # annotators repeat themselves
 
 
 def _unknown_labels(examples: Iterable[Example], known: Sequence[str]) -> list[str]:
     allowed = set(known)
     return [
-        f"{example.place}: unknown label {example.label!r} (not among the {len(known)} known labels)"
+        f"{example.place}: unknown label {label!r} (not among the {len(known)} known labels)"
         for example in examples
-        if example.label not in allowed
+        for label in example.labels
+        if label not in allowed
     ]
 
 
@@ -150,9 +202,20 @@ def _copies_across(splits: dict[str, Sequence[Example]]) -> list[str]:
             if first_split != split:
                 problems.append(
                     f"{example.place}: the same text is in the {first_split} data ({first.place}); "
-                    "remove it from one of them"
+                    'remove it from one of them, or set copies = "drop" in [data]'
                 )
     return problems
+
+
+def _without_copies(
+    train: tuple[Example, ...], validation: Sequence[Example], test: Sequence[Example], copies: str
+) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    """Refuse what is in two splits, or leave it out of training where the scenario says so."""
+    held = {example.text for example in (*validation, *test)}
+    kept = tuple(example for example in train if copies == "refuse" or example.text not in held)
+    _refuse(_copies_across({"train": kept, "validation": validation, "test": test}))
+    left_out = len(train) - len(kept)
+    return kept, (f"{left_out} training texts left out: the held-out data have them too",) if left_out else ()
 
 
 def _without_variants(
@@ -185,7 +248,11 @@ def _refuse(problems: Sequence[str]) -> None:
 # ---- sources -------------------------------------------------------------------------------------------------
 
 
-def _files(source: str, split: str) -> list[Path]:
+def _files(sources: Sources, split: str) -> list[Path]:
+    return [path for source in ([sources] if isinstance(sources, str) else sources) for path in _found(source, split)]
+
+
+def _found(source: str, split: str) -> list[Path]:
     if source.startswith("hub:"):
         from millibert_build.hub import download_split
 
@@ -197,11 +264,17 @@ def _files(source: str, split: str) -> list[Path]:
             names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
             raise UsageError(f"{path}: expected exactly one of {names}, found {len(found)}")
         return found
-    if not path.is_file():
+    files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source))]
+    if not files:
         raise UsageError(f"{path}: no such file or folder")
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
-    return [path]
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise UsageError(f"{file}: cannot read {file.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+    return files
+
+
+def _named(sources: Sources) -> str:
+    return sources if isinstance(sources, str) else ", ".join(sources)
 
 
 def _records(path: Path, label_column: str) -> Iterator[Record]:

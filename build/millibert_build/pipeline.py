@@ -1,31 +1,24 @@
 """The build, top to bottom: labelled text to a published model repository.
 
-Each stage reads what the one before it wrote. The fine-tuned checkpoint, the one stage that takes minutes, is
-kept in the work folder under the fingerprint of all that went into it, so that a build that was interrupted or
-failed a later stage does not train again.
+Each stage reads what the one before it wrote. What takes minutes, the stages that train, is kept in the work folder
+(see `stages`), so that a build that was interrupted or failed a later stage does not train again.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import importlib.metadata
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel
 
 from millibert._errors import UsageError
 from millibert_build import release
-from millibert_build import train as training
-from millibert_build.calibrate import fit_temperature
-from millibert_build.checkpoint import load_model, load_record, save_record
+from millibert_build.batches import encode, predict_logits
+from millibert_build.calibrate import Calibration, auroc, calibrate
 from millibert_build.dataset import Example, Splits, load_splits
 from millibert_build.engine import (
     Candidate,
@@ -38,140 +31,150 @@ from millibert_build.engine import (
 )
 from millibert_build.evaluate import Comparison, check_gates, compare
 from millibert_build.export import export_packed
-from millibert_build.hub import Base, file_sha256, resolve_base
+from millibert_build.hub import Base, resolve_base
+from millibert_build.kept_data import save_data
 from millibert_build.progress import Progress
 from millibert_build.publish import RELEASE_FILE, check_replaceable, replacing
 from millibert_build.repository import Artefacts, hash_files, write_models
 from millibert_build.scenario import Engine, Precision, Scenario
-from millibert_build.tokens import limited, load_tokenizer, token_ids
-from millibert_build.train import Epoch, best_epoch, predict_logits, train
+from millibert_build.stages import Trained, fine_tuned
+from millibert_build.tokens import token_ids
+from millibert_ensemble.models.postprocess.ranking import softmax
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A fine-tuned model, its tokenizer cut to the scenario's limit, and how it was trained."""
+class Place:
+    """Where a build runs and what with."""
 
-    folder: Path
-    model: PreTrainedModel
-    tokenizer: Tokenizer
-    curve: Sequence[Epoch]
+    engine: Engine
+    precision: Precision
+    out: Path
+    work: Path
+    tensorboard: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a release is made from, and what its manifest says of that."""
+
+    scenario: Scenario
+    splits: Splits
+    base: Base
+    lineage: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Texts of one split as ids, the right answers, and the fp32 checkpoint's logits."""
+    """Texts of one split as ids; the right answers, multi-hot, and the fp32 checkpoint's logits, [texts, labels]."""
 
     ids: list[list[int]]
-    targets: list[int]
+    targets: Floats
     reference: Floats
 
 
-def build(scenario: Scenario, engine: Engine, precision: Precision, out: Path, work: Path) -> dict[str, Any]:
-    """Build `out`, a Triton model repository, and return its release manifest.
+def build(scenario: Scenario, place: Place) -> dict[str, Any]:
+    """Build `place.out`, a Triton model repository, and return its release manifest.
 
-    Raises `UsageError` for wrong input and `GateError` for a missed gate; `out` is then as it was.
+    Raises `UsageError` for wrong input and `GateError` for a missed gate; `place.out` is then as it was.
     """
-    check_replaceable(out)
+    check_replaceable(place.out)
     progress = Progress(total=6)
-    with _locked(work):
+    with locked(place.work):
         with progress.stage("data"):
-            splits = load_splits(scenario.data, scenario.labels, scenario.training.seed)
-            _check_top_k(scenario, splits)
-            base = resolve_base(scenario.base)
+            splits = load_splits(scenario.data, scenario.labels, scenario.training.seed, scenario.problem)
+            source = Source(scenario, splits, resolve_base(scenario.base))
             progress.note(_describe(splits))
-        for warning in splits.warnings:
-            progress.warn(warning)
-        with progress.stage("train"):
-            checkpoint = _checkpoint(scenario, base, splits, work / "checkpoint", progress)
-        with progress.stage("export"):
-            onnx = work / "model.onnx"
-            export_packed(checkpoint.model, scenario.max_tokens, onnx)
-            progress.note(f"packed ONNX, {onnx.stat().st_size / 1e6:.1f} MB")
-        with progress.stage("engine"):
-            validation = _measured(splits.validation, checkpoint, splits.labels)
-            chosen, candidates = _choose_precision(scenario, engine, precision, onnx, validation)
-            progress.note(_describe_engine(engine, chosen, candidates))
-            temperature = fit_temperature(validation.reference, np.asarray(validation.targets))
-        with progress.stage("evaluate"):
-            test = _measured(splits.test, checkpoint, splits.labels)
-            comparison = _compare(scenario, engine, chosen.precision, onnx, test, temperature)
-            progress.note(
-                f"test accuracy {comparison.engine_accuracy:.4f}, checkpoint {comparison.checkpoint_accuracy:.4f}, "
-                f"agreement {comparison.agreement:.4f}, calibration error {comparison.calibration_error:.4f} "
-                f"(uncalibrated {comparison.calibration_error_before:.4f})"
-            )
-            check_gates(comparison, scenario.gates)
-        with progress.stage("publish"), replacing(out) as staging:
-            artefacts = Artefacts(checkpoint.tokenizer, onnx, splits.labels, engine, chosen.precision, temperature)
-            write_models(staging, scenario, artefacts)
-            manifest = release.describe(scenario, base, splits, checkpoint.curve)
-            manifest["engine"] = release.describe_engine(engine, chosen, candidates, onnx)
-            manifest["metrics"] = {"test": comparison._asdict()}
-            manifest["files"] = hash_files(staging)
-            (staging / RELEASE_FILE).write_text(release.as_json(manifest), encoding="utf-8")
-            progress.note(str(out))
+        return make_release(source, place, progress)
+
+
+def make_release(
+    source: Source,
+    place: Place,
+    progress: Progress,
+    judge: Callable[[Trained, Comparison], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Everything behind the data. `judge` may refuse what is about to be published, by raising `GateError`."""
+    scenario, splits = source.scenario, source.splits
+    _check_top_k(scenario, splits)
+    for warning in splits.warnings:
+        progress.warn(warning)
+    with progress.stage("train"), _training_log(place.tensorboard) as log:
+        trained = fine_tuned(scenario, source.base, splits, place.work, log)
+        progress.note(_describe_training(trained))
+    with progress.stage("export"):
+        onnx = place.work / "model.onnx"
+        export_packed(trained.model, scenario.max_tokens, onnx)
+        progress.note(f"packed ONNX, {onnx.stat().st_size / 1e6:.1f} MB")
+    with progress.stage("engine"):
+        validation = _measured(splits.validation, trained, splits.labels)
+        chosen, candidates = _choose_precision(scenario, place, onnx, validation)
+        progress.note(_describe_engine(place.engine, chosen, candidates))
+        recall = scenario.abstention.in_scope_recall
+        calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
+    with progress.stage("evaluate"):
+        test = _measured(splits.test, trained, splits.labels)
+        logits = run_packed(open_engine(place.engine, onnx, chosen.precision), test.ids, scenario.max_texts)
+        comparison = compare(scenario.problem, test.reference, logits, test.targets, calibration)
+        check_gates(comparison, scenario.gates, chosen.precision)
+        abstention = _abstention(source, place, trained, calibration, chosen.precision, onnx, logits)
+        progress.note(_describe_comparison(comparison, abstention))
+        judged = judge(trained, comparison) if judge is not None else {}
+    with progress.stage("publish"), replacing(place.out) as staging:
+        artefacts = Artefacts(trained.tokenizer, onnx, splits.labels, place.engine, chosen.precision, calibration)
+        write_models(staging, scenario, artefacts)
+        manifest = release.describe(scenario, source.base, splits, trained.curve)
+        manifest["checkpoint"] = {"fingerprint": trained.record["fingerprint"]}
+        manifest["lineage"] = list(source.lineage)
+        manifest["engine"] = release.describe_engine(place.engine, chosen, candidates, onnx)
+        manifest["thresholds"] = dict(zip(splits.labels, calibration.thresholds, strict=True))
+        manifest["metrics"] = {"test": comparison._asdict(), "abstention": abstention, **judged}
+        manifest["files"] = hash_files(staging)
+        (staging / RELEASE_FILE).write_text(release.as_json(manifest), encoding="utf-8")
+        save_data(splits, place.work)
+        progress.note(str(place.out))
     return manifest
 
 
-def _checkpoint(scenario: Scenario, base: Base, splits: Splits, folder: Path, progress: Progress) -> Checkpoint:
-    """Fine-tune, or take the checkpoint that the same inputs gave before."""
-    fingerprint = _fingerprint(scenario, base, splits)
-    earlier = load_record(folder)
-    if earlier.get("fingerprint") == fingerprint:
-        curve = [Epoch(**epoch) for epoch in earlier["curve"]]
-        progress.note("unchanged: the checkpoint of the last build is used again")
-    else:
-        unfinished = folder.with_name("checkpoint.new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        curve = train(base, splits, scenario.training, scenario.max_tokens, unfinished)
-        remembered = {"fingerprint": fingerprint, "max_tokens": scenario.max_tokens}
-        save_record(unfinished, {**remembered, "curve": [asdict(epoch) for epoch in curve]})
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        best = best_epoch(curve)
-        progress.note(f"validation accuracy {best.validation_accuracy:.4f} after epoch {best.number}")
-    model = load_model(folder)
-    tokenizer = limited(load_tokenizer(str(folder)), scenario.max_tokens)
-    return Checkpoint(folder, model, tokenizer, curve)
+def _measured(examples: Sequence[Example], trained: Trained, labels: Sequence[str]) -> Measured:
+    encoded = encode(examples, trained.tokenizer, labels)
+    reference = predict_logits(trained.model, encoded.ids, show="fp32 reference").numpy()
+    return Measured(encoded.ids, encoded.targets.numpy(), reference)
 
 
-def _fingerprint(scenario: Scenario, base: Base, splits: Splits) -> str:
-    """Hash of everything that decides what training gives."""
-    inputs = {
-        "data": splits.sha256(),
-        "labels": splits.labels,
-        "base": [base.location, base.revision, base.sha256],
-        "training": scenario.training.model_dump(),
-        "max_tokens": scenario.max_tokens,
-        "versions": [importlib.metadata.version(name) for name in ("millibert", "torch", "transformers")],
-        # While millibert itself is worked on, its version stands still and its recipe does not.
-        "recipe": file_sha256(Path(training.__file__)),
+def _abstention(
+    source: Source,
+    place: Place,
+    trained: Trained,
+    calibration: Calibration,
+    precision: str,
+    onnx: Path,
+    test_logits: Floats,
+) -> dict[str, float] | None:
+    """How well the best label's score parts the test texts from those that no label fits; None without such texts."""
+    scenario, outside = source.scenario, source.splits.out_of_scope
+    if not outside or scenario.problem != "single_label":
+        return None
+    engine = open_engine(place.engine, onnx, precision)
+    outside_logits = run_packed(engine, token_ids(trained.tokenizer, outside), scenario.max_texts)
+    inside_best, outside_best = (
+        softmax(logits / np.float32(calibration.temperature)).max(axis=1) for logits in (test_logits, outside_logits)
+    )
+    threshold = calibration.thresholds[0]
+    return {
+        "threshold": threshold,
+        "in_scope_recall": float((inside_best >= threshold).mean()),
+        "out_of_scope_refused": float((outside_best < threshold).mean()),
+        "auroc": auroc(inside_best, outside_best),
     }
-    return hashlib.sha256(release.as_json(inputs).encode()).hexdigest()
-
-
-def _measured(examples: Sequence[Example], checkpoint: Checkpoint, labels: Sequence[str]) -> Measured:
-    ids = token_ids(checkpoint.tokenizer, [example.text for example in examples])
-    number = {label: index for index, label in enumerate(labels)}
-    reference = predict_logits(checkpoint.model, ids, show="fp32 reference").numpy()
-    return Measured(ids, [number[example.label] for example in examples], reference)
 
 
 def _choose_precision(
-    scenario: Scenario, engine: Engine, precision: Precision, onnx: Path, validation: Measured
+    scenario: Scenario, place: Place, onnx: Path, validation: Measured
 ) -> tuple[Candidate, list[Candidate]]:
-    precisions = available_precisions(engine, onnx) if precision == "auto" else [precision]
-    candidates = measure(engine, onnx, precisions, validation.ids, validation.reference, scenario.max_texts)
-    if precision != "auto":
-        return candidates[0], candidates
-    return choose(candidates, scenario.gates.min_agreement), candidates
-
-
-def _compare(
-    scenario: Scenario, engine: Engine, precision: str, onnx: Path, test: Measured, temperature: float
-) -> Comparison:
-    logits = run_packed(open_engine(engine, onnx, precision), test.ids, scenario.max_texts)
-    return compare(test.reference, logits, test.targets, temperature)
+    auto = place.precision == "auto"
+    precisions = available_precisions(place.engine, onnx) if auto else [place.precision]
+    candidates = measure(place.engine, onnx, precisions, validation.ids, validation.reference, scenario.max_texts)
+    return choose(candidates, scenario.gates.min_agreement) if auto else candidates[0], candidates
 
 
 def _check_top_k(scenario: Scenario, splits: Splits) -> None:
@@ -184,13 +187,51 @@ def _describe(splits: Splits) -> str:
     return f"{sizes}, {len(splits.labels)} labels"
 
 
+def _describe_training(trained: Trained) -> str:
+    if trained.reused:
+        return "unchanged: the checkpoint of the last build is used again"
+    best = trained.best
+    stopped = f" of {len(trained.curve)}" if best.number < len(trained.curve) else ""
+    return f"validation score {best.validation_score:.4f} after epoch {best.number}{stopped}"
+
+
+def _describe_comparison(comparison: Comparison, abstention: dict[str, float] | None) -> str:
+    kept_out = (
+        ""
+        if abstention is None
+        else (
+            f', "don\'t know" to {abstention["out_of_scope_refused"]:.1%} of out-of-scope and '
+            f"{1 - abstention['in_scope_recall']:.1%} of test texts (AUROC {abstention['auroc']:.4f})"
+        )
+    )
+    return (
+        f"test {comparison.score_name} {comparison.engine_score:.4f}, checkpoint {comparison.checkpoint_score:.4f}, "
+        f"agreement {comparison.agreement:.4f}, calibration error {comparison.calibration_error:.4f} "
+        f"(uncalibrated {comparison.calibration_error_before:.4f}){kept_out}"
+    )
+
+
 def _describe_engine(engine: str, chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     speeds = ", ".join(f"{c.precision} {c.texts_per_second:,.0f} texts/s" for c in candidates)
     return f"{engine} {chosen.precision} ({speeds} on validation texts, in process)"
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _training_log(folder: Path | None) -> Iterator[Any]:
+    """A TensorBoard writer, or None."""
+    if folder is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise UsageError("--tensorboard needs the extra 'tensorboard': pip install 'millibert[tensorboard]'") from error
+    with SummaryWriter(str(folder)) as writer:
+        yield writer
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
     """One build at a time per work folder."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:

@@ -35,6 +35,8 @@ def describe(scenario: Scenario, base: Base, splits: Splits, curve: Sequence[Epo
         "top_k": scenario.top_k,
         "data": {"sha256": splits.sha256(), "texts": texts},
         "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
+        # All that a build which continues from this one needs; where the data lay is no one else's business.
+        "scenario": _portable(scenario),
         "training": {**scenario.training.model_dump(), "curve": [asdict(epoch) for epoch in curve]},
         "machine": {"architecture": platform.machine(), "cpu": cpu_name()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -50,6 +52,12 @@ def describe_engine(kind: str, chosen: Candidate, candidates: Sequence[Candidate
         "onnx_sha256": file_sha256(onnx),
         "measured": [candidate._asdict() for candidate in candidates],
     }
+
+
+def _portable(scenario: Scenario) -> dict[str, Any]:
+    columns = scenario.data.model_dump(include={"text_column", "label_column", "label_separator"})
+    document = scenario.model_dump(mode="json", exclude={"data", "base", "distillation"})
+    return {**document, "base": "release", "data": {"train": "release", "test": "release", **columns}}
 
 
 def cpu_name() -> str:

@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 import millibert_ensemble
 from millibert._errors import UsageError
+from millibert_build.calibrate import Calibration
 from millibert_build.hub import file_sha256
 from millibert_build.scenario import Scenario
 from millibert_ensemble import contract
@@ -44,7 +45,7 @@ class Artefacts:
     labels: Sequence[str]
     engine: str
     precision: str
-    temperature: float
+    calibration: Calibration
 
 
 def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None:
@@ -57,7 +58,7 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
         },
         contract.POSTPROCESS: {
             "problem": scenario.problem,
-            "temperature": repr(artefacts.temperature),
+            "temperature": repr(artefacts.calibration.temperature),
             "top_k": str(scenario.top_k),
         },
     }

@@ -1,20 +1,20 @@
-"""Examples to checkpoint: fine-tuning of a BERT sequence classifier.
+"""Fine-tuning of a BERT sequence classifier: epochs, the best of them, and going on after a kill.
 
-AdamW with decoupled weight decay (not on biases and norms), linear warm-up and decay, bf16 autocast where the
-CPU computes in it, batches of similar length, a fixed seed. What is validated and kept is a running average of
-the weights over about an epoch (Polyak averaging), of the epoch with the best validation accuracy.
+bf16 autocast where the CPU computes in it, batches of similar length, a fixed seed. What is validated and kept is
+a running average of the weights over about an epoch (Polyak averaging), of the epoch with the best validation
+score. After every epoch all that decides the rest of the run is saved, so that a run that was killed goes on
+from there and ends with the very weights of an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -22,101 +22,117 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.utils import logging as transformers_logging
 
 from millibert._errors import UsageError
-from millibert_build.dataset import Example, Splits
+from millibert_build.batches import Encoded, padded, predict_logits, shuffled_batches
 from millibert_build.hub import Base
-from millibert_build.scenario import Training
-from millibert_build.tokens import limited, load_tokenizer, token_ids
+from millibert_build.objective import Objective, Teacher, validation_loss, validation_score
+from millibert_build.optimisation import freeze, make_optimizer, make_schedule
+from millibert_build.scenario import Problem, Training
 
-MAX_GRADIENT_NORM = 1.0
-# Batches are cut from chunks of this many batches, sorted by length: little padding, still shuffled.
-CHUNK_BATCHES = 50
-EVALUATION_BATCH = 128
+STATE = "state.pt"
+_PROBLEM_TYPES = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """How one epoch went. Scores are shares, 0 to 1."""
+    """How one epoch went. `validation_score` is accuracy or micro-F1, 0 to 1."""
 
     number: int
     loss: float
-    validation_accuracy: float
+    validation_score: float
     validation_loss: float
 
     @property
-    def score(self) -> tuple[float, float]:
-        """What the best epoch is chosen by: accuracy, and where a small validation set ties, the lower loss."""
-        return self.validation_accuracy, -self.validation_loss
+    def rank(self) -> tuple[float, float]:
+        """What the best epoch is chosen by: the score, and where a small validation set ties, the lower loss."""
+        return self.validation_score, -self.validation_loss
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One example as the model sees it."""
+class Course:
+    """What a model is fine-tuned on, and how."""
 
-    ids: list[int]
-    label: int
+    problem: Problem
+    train: Encoded
+    validation: Encoded
+    training: Training
+    teacher: Teacher | None = None
+    after_step: Callable[[PreTrainedModel], None] | None = None
+    """Called after each step of the optimizer, to keep weights where they must stay."""
+    log: Any = None
+    """A TensorBoard `SummaryWriter`, or None."""
 
 
-def train(base: Base, splits: Splits, training: Training, max_tokens: int, folder: Path) -> list[Epoch]:
-    """Fine-tune and write the best checkpoint (model and tokenizer) to `folder`; returns the learning curve."""
+@dataclass
+class _Run:
+    """Everything that changes while a model is fine-tuned, and so has to survive a kill."""
+
+    model: PreTrainedModel
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    order: random.Random
+    curve: list[Epoch] = field(default_factory=list)
+
+    @property
+    def averaged(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.average.module)
+
+    def save(self, path: Path) -> None:
+        state = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer", "schedule")}
+        state |= {"order": self.order.getstate(), "torch": torch.get_rng_state()}
+        state["curve"] = [asdict(epoch) for epoch in self.curve]
+        aside = path.with_suffix(".new")
+        torch.save(state, aside)
+        aside.replace(path)
+
+    def load(self, path: Path) -> None:
+        # Our own file, and the state of `random` is nested tuples of numbers.
+        state = torch.load(path, weights_only=True)
+        for name in ("model", "average", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        self.order.setstate(state["order"])
+        torch.set_rng_state(state["torch"])
+        self.curve = [Epoch(**epoch) for epoch in state["curve"]]
+
+
+def fine_tune(model: PreTrainedModel, course: Course, folder: Path) -> list[Epoch]:
+    """Fine-tune `model` in place and write the best average to `folder`; returns the learning curve.
+
+    A `folder` that an earlier call with the same arguments did not finish is taken up after its last epoch. The
+    caller removes `folder / STATE` when it no longer needs that.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    training = course.training
     torch.manual_seed(training.seed)
-    tokenizer = load_tokenizer(base.location, base.revision)
-    model = _load_base(base, splits.labels, max_tokens)
-    rust = limited(tokenizer, max_tokens)
-    labels = {label: index for index, label in enumerate(splits.labels)}
-    train_set = _encode(splits.train, rust, labels)
-    validation_set = _encode(splits.validation, rust, labels)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_average_decay(train_set, training)))
-    averaged = cast(PreTrainedModel, average.module)
-    curve: list[Epoch] = []
-    for epoch in _epochs(model, average, train_set, validation_set, training):
-        if not curve or epoch.score > best_epoch(curve).score:
-            averaged.save_pretrained(folder)
-        curve.append(epoch)
-    tokenizer.save_pretrained(folder)
-    return curve
+    freeze(model, training.freeze)
+    run = _start(model, course)
+    if (folder / STATE).is_file():
+        run.load(folder / STATE)
+    for epoch in _epochs(run, course):
+        if not run.curve or epoch.rank > best_epoch(run.curve).rank:
+            run.averaged.save_pretrained(folder)
+        run.curve.append(epoch)
+        run.save(folder / STATE)
+    return run.curve
 
 
 def best_epoch(curve: Sequence[Epoch]) -> Epoch:
-    """The epoch whose checkpoint was kept."""
-    return max(curve, key=lambda epoch: epoch.score)
+    """The epoch whose checkpoint was kept: the first of the best."""
+    return max(curve, key=lambda epoch: epoch.rank)
 
 
-def predict_logits(model: PreTrainedModel, ids: Sequence[Sequence[int]], show: str | None = None) -> Tensor:
-    """Logits [texts, labels] in fp32 of the Hugging Face model, padded batches sorted by length."""
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    result = torch.empty(len(ids), cast(int, model.config.num_labels))
-    model.eval()
-    starts = range(0, len(order), EVALUATION_BATCH)
-    with torch.inference_mode():
-        for start in tqdm(starts, desc=show, disable=None if show else True, leave=False):
-            chunk = order[start : start + EVALUATION_BATCH]
-            input_ids, attention_mask = _padded([ids[index] for index in chunk])
-            result[chunk] = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
-    return result
-
-
-def learning_rate(training: Training, width: int) -> float:
-    """The scenario's rate, or 2e-5 at BERT-base's width of 768, growing as the width shrinks.
-
-    Narrow models need larger steps. The exponent has no theory: it makes the rule pass through two rates that
-    work, 2e-5 at width 768 and 2e-4 at 384.
-    """
-    return training.learning_rate or 2e-5 * (768 / width) ** 3.32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has bf16 dot products (AVX-512 BF16, AMX, or Arm BF16), not merely the data type."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _load_base(base: Base, labels: Sequence[str], max_tokens: int) -> PreTrainedModel:
+def load_base(base: Base, labels: Sequence[str], max_tokens: int, problem: Problem, training: Training) -> Any:
+    """The base checkpoint with a classifier for these labels, in fp32; raises `UsageError` for what is not BERT."""
+    torch.manual_seed(training.seed)  # of a new classifier's weights
+    dropout = {} if training.dropout is None else dict.fromkeys(_DROPOUTS, training.dropout)
     config = AutoConfig.from_pretrained(
         base.location,
         revision=base.revision,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
+        problem_type=_PROBLEM_TYPES[problem],
+        **dropout,
     )
     if config.model_type != "bert":
         raise UsageError(f"{base.name}: model type {config.model_type!r} is not implemented; use a BERT checkpoint")
@@ -127,108 +143,103 @@ def _load_base(base: Base, labels: Sequence[str], max_tokens: int) -> PreTrained
     # It would report the new classifier's weights as missing, in a screenful.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+    return AutoModelForSequenceClassification.from_pretrained(
         base.location, revision=base.revision, config=config, dtype=torch.float32
     )
-    return model
 
 
-def _encode(examples: Sequence[Example], tokenizer: Tokenizer, labels: dict[str, int]) -> list[Encoded]:
-    ids = token_ids(tokenizer, [example.text for example in examples])
-    return [Encoded(i, labels[example.label]) for i, example in zip(ids, examples, strict=True)]
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 dot products (AVX-512 BF16, AMX, or Arm BF16), not merely the data type."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _average_decay(train_set: Sequence[Encoded], training: Training) -> float:
-    return 1 - 1 / max(1, _steps_per_epoch(train_set, training))
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
-def _steps_per_epoch(train_set: Sequence[Encoded], training: Training) -> int:
-    return -(-len(train_set) // training.batch_size)
+def _start(model: PreTrainedModel, course: Course) -> _Run:
+    training = course.training
+    optimizer = make_optimizer(model, training)
+    steps = _steps_per_epoch(course)
+    schedule = make_schedule(optimizer, training, training.epochs * steps)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps))
+    return _Run(model, average, optimizer, schedule, random.Random(training.seed))  # noqa: S311 - an order
 
 
-def _epochs(
-    model: PreTrainedModel,
-    average: AveragedModel,
-    train_set: Sequence[Encoded],
-    validation_set: Sequence[Encoded],
-    training: Training,
-) -> Iterator[Epoch]:
-    generator = random.Random(training.seed)  # noqa: S311 - an order, not a secret
-    steps = training.epochs * _steps_per_epoch(train_set, training)
-    optimizer, schedule = _optimizer(model, training, steps)
-    targets = torch.tensor([example.label for example in validation_set])
-    with tqdm(total=steps, desc="train", unit="step", disable=None) as bar:
-        for number in range(1, training.epochs + 1):
-            model.train()
-            losses = []
-            for batch in _batches(train_set, training.batch_size, generator):
-                losses.append(_step(model, batch, optimizer, schedule, training.label_smoothing))
-                average.update_parameters(model)
-                bar.update()
-            averaged = cast(PreTrainedModel, average.module)
-            logits = predict_logits(averaged, [example.ids for example in validation_set])
-            accuracy = float((logits.argmax(1) == targets).float().mean())
-            validation_loss = float(nn.functional.cross_entropy(logits, targets))
-            epoch = Epoch(number, sum(losses) / len(losses), accuracy, validation_loss)
-            bar.set_postfix_str(f"epoch {number} loss {epoch.loss:.3f} validation {accuracy:.4f}")
+def _steps_per_epoch(course: Course) -> int:
+    batches = -(-len(course.train) // course.training.batch_size)
+    return -(-batches // course.training.accumulate)
+
+
+def _epochs(run: _Run, course: Course) -> Iterator[Epoch]:
+    training, validation = course.training, course.validation
+    steps = _steps_per_epoch(course)
+    objective = Objective(course.problem, training, course.train.targets, course.teacher)
+    done = len(run.curve)
+    with tqdm(total=training.epochs * steps, initial=done * steps, desc="train", unit="step", disable=None) as bar:
+        for number in range(done + 1, training.epochs + 1):
+            if _stalled(run.curve, training.patience):
+                return
+            losses = [loss for loss in _one_epoch(run, course, objective) if not bar.update()]
+            logits = predict_logits(run.averaged, validation.ids)
+            epoch = Epoch(
+                number,
+                sum(losses) / len(losses),
+                validation_score(logits, validation.targets, course.problem),
+                validation_loss(logits, validation.targets, course.problem),
+            )
+            bar.set_postfix_str(f"epoch {number} loss {epoch.loss:.3f} validation {epoch.validation_score:.4f}")
+            _log_epoch(course.log, epoch)
             yield epoch
 
 
-def _step(
-    model: PreTrainedModel,
-    batch: Sequence[Encoded],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    label_smoothing: float,
-) -> float:
-    input_ids, attention_mask = _padded([example.ids for example in batch])
-    targets = torch.tensor([example.label for example in batch])
+def _stalled(curve: Sequence[Epoch], patience: int | None) -> bool:
+    """Whether the last `patience` epochs brought nothing better."""
+    return patience is not None and bool(curve) and len(curve) - best_epoch(curve).number >= patience
+
+
+def _one_epoch(run: _Run, course: Course, objective: Objective) -> Iterator[float]:
+    """Take all steps of an epoch; yields the loss of each."""
+    run.model.train()
+    batches = shuffled_batches(course.train.ids, course.training.batch_size, run.order)
+    size = course.training.accumulate
+    for start in range(0, len(batches), size):
+        loss = _step(run, course, objective, batches[start : start + size])
+        if course.log is not None:
+            step = run.schedule.last_epoch
+            course.log.add_scalar("train/loss", loss, step)
+            course.log.add_scalar("train/learning_rate", max(run.schedule.get_last_lr()), step)
+        yield loss
+
+
+def _step(run: _Run, course: Course, objective: Objective, batches: Sequence[list[int]]) -> float:
+    """One step of the optimizer on one or several batches, each text with the same weight."""
+    texts = sum(map(len, batches))
+    total = 0.0
+    for batch in batches:
+        loss = objective(_logits(run.model, course.train, batch), course.train.targets[batch], batch)
+        share = loss * (len(batch) / texts)
+        share.backward()
+        total += share.item()
+    nn.utils.clip_grad_norm_(run.model.parameters(), course.training.max_gradient_norm)
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    if course.after_step is not None:
+        course.after_step(run.model)
+    run.average.update_parameters(run.model)
+    return total
+
+
+def _logits(model: PreTrainedModel, data: Encoded, batch: Sequence[int]) -> Tensor:
+    input_ids, attention_mask = padded([data.ids[index] for index in batch])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-    return loss.item()
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits.float()
 
 
-def _optimizer(
-    model: PreTrainedModel, training: Training, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    free = [p for p in model.parameters() if p.ndim <= 1]  # biases and norms
-    groups = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate(training, model.config.hidden_size), fused=True)
-    warmup = max(1, round(training.warmup * steps))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _batches(examples: Sequence[Encoded], batch_size: int, generator: random.Random) -> list[list[Encoded]]:
-    shuffled = generator.sample(examples, len(examples))
-    chunk = batch_size * CHUNK_BATCHES
-    batches = []
-    for start in range(0, len(shuffled), chunk):
-        ordered = sorted(shuffled[start : start + chunk], key=lambda example: len(example.ids))
-        batches += [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-    generator.shuffle(batches)
-    return batches
-
-
-def _padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both [texts, longest] int64."""
-    longest = max(map(len, ids))
-    input_ids = torch.zeros(len(ids), longest, dtype=torch.long)
-    attention_mask = torch.zeros(len(ids), longest, dtype=torch.long)
-    for row, (text, mask) in zip(ids, zip(input_ids, attention_mask, strict=True), strict=True):
-        text[: len(row)] = torch.tensor(row)
-        mask[: len(row)] = 1
-    return input_ids, attention_mask
+def _log_epoch(log: Any, epoch: Epoch) -> None:
+    if log is not None:
+        log.add_scalar("validation/score", epoch.validation_score, epoch.number)
+        log.add_scalar("validation/loss", epoch.validation_loss, epoch.number)
+        log.flush()

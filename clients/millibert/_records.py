@@ -1,4 +1,4 @@
-"""Records from CSV, TSV and JSON Lines files in UTF-8, each with its line; errors name file and line."""
+"""Records from CSV, TSV, JSON and JSON Lines files in UTF-8, each with its line; errors name file and line."""
 
 from __future__ import annotations
 
@@ -85,4 +85,38 @@ def _jsonl(path: Path, content: str) -> Iterator[Record]:
         yield Record(number, fields)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}
+def _json(path: Path, content: str) -> Iterator[Record]:
+    """An array of objects, read one by one so that each has its line."""
+    decoder, position = json.JSONDecoder(), _skip(content, 0)
+    if content[position : position + 1] != "[":
+        raise UsageError(f"{path}:1: a JSON array of objects is expected; for one object a line use .jsonl")
+    position = _skip(content, position + 1)
+    while content[position : position + 1] != "]":
+        line = content.count("\n", 0, position) + 1
+        try:
+            fields, position = decoder.raw_decode(content, position)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+        if not isinstance(fields, dict):
+            raise UsageError(f"{path}:{line}: a JSON object is expected, not {type(fields).__name__}")
+        yield Record(line, fields)
+        position = _skip(content, position)
+        if content[position : position + 1] == ",":
+            position = _skip(content, position + 1)
+        elif content[position : position + 1] != "]":
+            raise UsageError(f"{path}:{content.count(chr(10), 0, position) + 1}: not valid JSON: expected ',' or ']'")
+
+
+def _skip(content: str, position: int) -> int:
+    """The next position that is not white space."""
+    while content[position : position + 1].isspace():
+        position += 1
+    return position
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".json": _json,
+    ".jsonl": _jsonl,
+}
