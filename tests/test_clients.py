@@ -30,6 +30,7 @@ TENSORS: dict[str, Any] = {
     "LABEL": np.array([[b"a", "ö".encode()], [b"b", b"a"]], dtype=object),
     "SCORE": np.array([[0.75, 0.25], [0.5, 0.5]], np.float32),
     "LABEL_ID": np.array([[0, 2], [1, 0]], np.int32),
+    "ACCEPTED": np.array([[True, False], [False, False]]),
     "TRUNCATED": np.array([[False], [True]]),
 }
 
@@ -114,11 +115,12 @@ def test_encode_refuses(texts: Any, top_k: Any, reason: str) -> None:
 
 def test_decode() -> None:
     first, second = decode(["x", "y"], TENSORS)
-    assert first.predictions == (millibert.Prediction("a", 0, 0.75), millibert.Prediction("ö", 2, 0.25))
+    assert first.predictions == (millibert.Prediction("a", 0, 0.75), millibert.Prediction("ö", 2, 0.25, False))
     assert (first.text, first.best, first.label, first.score) == ("x", first.predictions[0], "a", 0.75)
     assert (first.truncated, second.truncated) == (False, True)
     assert str(first) == "a 0.750, ö 0.250"
-    assert str(second) == "b 0.500, a 0.500 (text truncated)"
+    assert str(second) == "b 0.500, a 0.500 (don't know, text truncated)"
+    assert (first.known, first.accepted, second.known, second.accepted) == (True, ("a",), False, ())
 
 
 @pytest.mark.parametrize(
@@ -366,6 +368,7 @@ def client(request: pytest.FixtureRequest, server: RunningServer) -> Iterator[mi
 def test_classify(client: millibert.Client) -> None:
     assert client.ready()
     assert client.max_batch_size() == 8
+    assert client.labels() == ("greeting", "nap", "other", "größe")
     one = client.classify("hello you")
     assert str(one) == "greeting 0.800, nap 0.100, other 0.060"
     assert one.text == "hello you"
@@ -373,7 +376,7 @@ def test_classify(client: millibert.Client) -> None:
     several = client.classify(("sleep 0", "", "größe"), top_k=4)
     assert [answer.label for answer in several] == ["nap", "other", "other"]
     assert [len(answer.predictions) for answer in several] == [4, 4, 4]
-    assert several[0].predictions[3] == millibert.Prediction("größe", 3, float(np.float32(0.04)))
+    assert several[0].predictions[3] == millibert.Prediction("größe", 3, float(np.float32(0.04)), False)
 
 
 @pytest.mark.e2e

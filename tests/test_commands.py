@@ -15,7 +15,16 @@ import pytest
 
 from millibert import Classification, Prediction, UsageError
 from millibert._labelled_texts import LabelledText, read_labelled_texts
-from millibert._metrics import accuracy, labels_never_answered, macro_f1, top_k_accuracy
+from millibert._metrics import (
+    accuracy,
+    exact_match,
+    known,
+    labels_never_answered,
+    macro_f1,
+    micro_f1,
+    multi_label_macro_f1,
+    top_k_accuracy,
+)
 from millibert.classify_command import as_document, as_table
 
 if TYPE_CHECKING:
@@ -98,20 +107,23 @@ def test_no_server(url: str, tmp_path: Path) -> None:
 
 
 def test_layouts() -> None:
-    predictions = (Prediction("nap", 1, 0.75), Prediction("greeting", 0, float.fromhex("0x1.99999ap-4")))
+    predictions = (Prediction("nap", 1, 0.75), Prediction("greeting", 0, float.fromhex("0x1.99999ap-4"), False))
     answer = Classification("two\nlines " + "x" * 200, predictions, truncated=True)
     text, first, second, note = as_table(answer).splitlines()
     assert text == "two lines " + "x" * 89 + "…"
-    assert (first, second) == ("  nap       0.750", "  greeting  0.100")
+    assert (first, second) == ("  nap       0.750  ✓", "  greeting  0.100")
     assert note.startswith("  note: longer than the model reads")
     assert as_document(answer) == {
         "text": answer.text,
         "truncated": True,
+        "known": True,
         "predictions": [
-            {"label": "nap", "id": 1, "score": 0.75},
-            {"label": "greeting", "id": 0, "score": 0.1},
+            {"label": "nap", "id": 1, "score": 0.75, "accepted": True},
+            {"label": "greeting", "id": 0, "score": 0.1, "accepted": False},
         ],
     }
+    unsure = Classification("?", predictions[1:], truncated=False)
+    assert as_table(unsure).splitlines()[-1].startswith("  note: don't know")
 
 
 # Data files
@@ -128,8 +140,8 @@ def test_data(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_bytes(content.encode())
     assert read_labelled_texts(path, "text", "label") == [
-        LabelledText("ä", "x"),
-        LabelledText('b, "c"\nd', "y"),
+        LabelledText("ä", ("x",)),
+        LabelledText('b, "c"\nd', ("y",)),
     ]
 
 
@@ -148,7 +160,7 @@ def test_data(tmp_path: Path, name: str, content: str) -> None:
         ("a.jsonl", b'\n{"text": 1, "label": "x"}\n', "a.jsonl:2: int, not text, in column 'text'"),
         ("a.jsonl", b"{oops\n", "a.jsonl:1: not valid JSON"),
         ("a.jsonl", b"[]\n", "a.jsonl:1: a JSON object is expected, not list"),
-        ("a.txt", b"", "cannot read .txt; use .csv, .tsv, .jsonl"),
+        ("a.txt", b"", "cannot read .txt; use .csv, .tsv, .json, .jsonl"),
     ],
 )
 def test_data_refused(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -170,13 +182,28 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 def test_metrics() -> None:
     def pair(label: str, *answered: str) -> tuple[LabelledText, Classification]:
         predictions = tuple(Prediction(each, 0, 0.5) for each in answered)
-        return LabelledText("", label), Classification("", predictions, truncated=False)
+        return LabelledText("", (label,)), Classification("", predictions, truncated=False)
 
     pairs = [pair("a", "a", "b"), pair("a", "b", "a"), pair("b", "b", "a"), pair("c", "b", "a")]
     assert accuracy(pairs) == 0.5
     assert top_k_accuracy(pairs) == 0.75
     assert macro_f1(pairs) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert labels_never_answered(pairs) == ["c"]
+
+
+def test_metrics_of_several_labels() -> None:
+    def pair(labels: str, accepted: str, others: str = "") -> tuple[LabelledText, Classification]:
+        predictions = [
+            *(Prediction(each, 0, 0.9) for each in accepted),
+            *(Prediction(e, 0, 0.1, False) for e in others),
+        ]
+        return LabelledText("", tuple(labels)), Classification("", tuple(predictions), truncated=False)
+
+    pairs = [pair("ab", "ab", "c"), pair("a", "c", "ab"), pair("", "", "abc")]
+    assert micro_f1(pairs) == pytest.approx(2 * 2 / (3 + 3))
+    assert multi_label_macro_f1(pairs) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert exact_match(pairs) == pytest.approx(2 / 3)
+    assert known(pairs) == pytest.approx(2 / 3)
 
 
 # Against a real Triton
@@ -199,7 +226,7 @@ def test_classify(service: list[str]) -> None:
     done = millibert("classify", *service, "--top", "2", "hello you", "größe")
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == (
-        "hello you\n  greeting  0.800\n  nap       0.100\ngröße\n  other     0.800\n  greeting  0.100\n"
+        "hello you\n  greeting  0.800  ✓\n  nap       0.100\ngröße\n  other     0.800  ✓\n  greeting  0.100\n"
     )
 
 
@@ -213,10 +240,11 @@ def test_classify_many_lines(service: list[str]) -> None:
     assert answers[0] == {
         "text": "hello 0",
         "truncated": False,
+        "known": True,
         "predictions": [
-            {"label": "greeting", "id": 0, "score": 0.8},
-            {"label": "nap", "id": 1, "score": 0.1},
-            {"label": "other", "id": 2, "score": 0.06},
+            {"label": "greeting", "id": 0, "score": 0.8, "accepted": True},
+            {"label": "nap", "id": 1, "score": 0.1, "accepted": False},
+            {"label": "other", "id": 2, "score": 0.06, "accepted": False},
         ],
     }
 
@@ -238,11 +266,13 @@ def test_evaluate(service: list[str], tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     figures = json.loads(done.stdout)
     assert figures.pop("seconds") > 0
+    assert figures.pop("known") == 1.0
     assert figures.pop("macro_f1") == pytest.approx((0.8 + 1 + 0) / 3)
     assert figures == {
         "accuracy": 0.75,
         "top_k_accuracy": 1.0,
         "top_k": 3,
+        "known": 1.0,
         "n": 20,
         "errors": 0,
         "truncated": 0,

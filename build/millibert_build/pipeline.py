@@ -17,19 +17,9 @@ import numpy as np
 
 from millibert._errors import UsageError
 from millibert_build import release
-from millibert_build.batches import encode, predict_logits
-from millibert_build.calibrate import Calibration, auroc, calibrate
-from millibert_build.dataset import Example, Splits, load_splits
-from millibert_build.engine import (
-    Candidate,
-    Floats,
-    available_precisions,
-    choose,
-    measure,
-    open_engine,
-    run_packed,
-)
-from millibert_build.evaluate import Comparison, check_gates, compare
+from millibert_build.calibrate import auroc, calibrate
+from millibert_build.dataset import Splits, load_splits
+from millibert_build.evaluate import Comparison, check_gates
 from millibert_build.export import export_packed
 from millibert_build.hub import Base, resolve_base
 from millibert_build.kept_data import save_data
@@ -39,6 +29,7 @@ from millibert_build.repository import Artefacts, hash_files, write_models
 from millibert_build.scenario import Engine, Precision, Scenario
 from millibert_build.stages import Trained, fine_tuned
 from millibert_build.tokens import token_ids
+from millibert_build.variants import Measured, Variant, Workshop, fastest, make_variants, measured
 from millibert_ensemble.models.postprocess.ranking import softmax
 
 
@@ -61,15 +52,8 @@ class Source:
     splits: Splits
     base: Base
     lineage: Sequence[Mapping[str, Any]] = ()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Texts of one split as ids; the right answers, multi-hot, and the fp32 checkpoint's logits, [texts, labels]."""
-
-    ids: list[list[int]]
-    targets: Floats
-    reference: Floats
+    remembered: Scenario | None = None
+    """The scenario that a later build continues with, where it is not this one."""
 
 
 def build(scenario: Scenario, place: Place) -> dict[str, Any]:
@@ -102,32 +86,38 @@ def make_release(
         trained = fine_tuned(scenario, source.base, splits, place.work, log)
         progress.note(_describe_training(trained))
     with progress.stage("export"):
-        onnx = place.work / "model.onnx"
-        export_packed(trained.model, scenario.max_tokens, onnx)
-        progress.note(f"packed ONNX, {onnx.stat().st_size / 1e6:.1f} MB")
+        fp32 = place.work / "fp32.onnx"
+        export_packed(trained.model, scenario.max_tokens, fp32)
+        progress.note(f"packed ONNX, {fp32.stat().st_size / 1e6:.1f} MB")
     with progress.stage("engine"):
-        validation = _measured(splits.validation, trained, splits.labels)
-        chosen, candidates = _choose_precision(scenario, place, onnx, validation)
-        progress.note(_describe_engine(place.engine, chosen, candidates))
+        validation = measured(splits.validation, trained, splits.labels)
         recall = scenario.abstention.in_scope_recall
         calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
+        shop = Workshop(scenario, place.engine, trained, validation, calibration, place.work)
+        variants = make_variants(shop, fp32, place.precision, splits)
+        chosen = fastest(variants)
+        progress.note(_describe_engine(place.engine, chosen, variants))
     with progress.stage("evaluate"):
-        test = _measured(splits.test, trained, splits.labels)
-        logits = run_packed(open_engine(place.engine, onnx, chosen.precision), test.ids, scenario.max_texts)
-        comparison = compare(scenario.problem, test.reference, logits, test.targets, calibration)
+        test = measured(splits.test, trained, splits.labels)
+        found = {variant.precision: shop.compare(variant.precision, variant.onnx, test) for variant in variants}
+        comparison = found[chosen.precision]
         check_gates(comparison, scenario.gates, chosen.precision)
-        abstention = _abstention(source, place, trained, calibration, chosen.precision, onnx, logits)
+        abstention = _abstention(shop, chosen, test, splits)
         progress.note(_describe_comparison(comparison, abstention))
         judged = judge(trained, comparison) if judge is not None else {}
     with progress.stage("publish"), replacing(place.out) as staging:
-        artefacts = Artefacts(trained.tokenizer, onnx, splits.labels, place.engine, chosen.precision, calibration)
+        artefacts = Artefacts(
+            trained.tokenizer, chosen.onnx, splits.labels, place.engine, chosen.precision, calibration
+        )
         write_models(staging, scenario, artefacts)
         manifest = release.describe(scenario, source.base, splits, trained.curve)
+        manifest["scenario"] = release.portable(source.remembered or scenario)
         manifest["checkpoint"] = {"fingerprint": trained.record["fingerprint"]}
         manifest["lineage"] = list(source.lineage)
-        manifest["engine"] = release.describe_engine(place.engine, chosen, candidates, onnx)
+        manifest["engine"] = release.describe_engine(place.engine, chosen, variants)
         manifest["thresholds"] = dict(zip(splits.labels, calibration.thresholds, strict=True))
         manifest["metrics"] = {"test": comparison._asdict(), "abstention": abstention, **judged}
+        manifest["metrics"]["variants"] = {name: each._asdict() for name, each in found.items()}
         manifest["files"] = hash_files(staging)
         (staging / RELEASE_FILE).write_text(release.as_json(manifest), encoding="utf-8")
         save_data(splits, place.work)
@@ -135,46 +125,22 @@ def make_release(
     return manifest
 
 
-def _measured(examples: Sequence[Example], trained: Trained, labels: Sequence[str]) -> Measured:
-    encoded = encode(examples, trained.tokenizer, labels)
-    reference = predict_logits(trained.model, encoded.ids, show="fp32 reference").numpy()
-    return Measured(encoded.ids, encoded.targets.numpy(), reference)
-
-
-def _abstention(
-    source: Source,
-    place: Place,
-    trained: Trained,
-    calibration: Calibration,
-    precision: str,
-    onnx: Path,
-    test_logits: Floats,
-) -> dict[str, float] | None:
+def _abstention(shop: Workshop, chosen: Variant, test: Measured, splits: Splits) -> dict[str, float] | None:
     """How well the best label's score parts the test texts from those that no label fits; None without such texts."""
-    scenario, outside = source.scenario, source.splits.out_of_scope
-    if not outside or scenario.problem != "single_label":
+    if not splits.out_of_scope or shop.scenario.problem != "single_label":
         return None
-    engine = open_engine(place.engine, onnx, precision)
-    outside_logits = run_packed(engine, token_ids(trained.tokenizer, outside), scenario.max_texts)
+    outside = token_ids(shop.trained.tokenizer, splits.out_of_scope)
+    temperature, threshold = np.float32(shop.calibration.temperature), shop.calibration.thresholds[0]
     inside_best, outside_best = (
-        softmax(logits / np.float32(calibration.temperature)).max(axis=1) for logits in (test_logits, outside_logits)
+        softmax(shop.logits(chosen.precision, chosen.onnx, ids) / temperature).max(axis=1)
+        for ids in (test.ids, outside)
     )
-    threshold = calibration.thresholds[0]
     return {
         "threshold": threshold,
         "in_scope_recall": float((inside_best >= threshold).mean()),
         "out_of_scope_refused": float((outside_best < threshold).mean()),
         "auroc": auroc(inside_best, outside_best),
     }
-
-
-def _choose_precision(
-    scenario: Scenario, place: Place, onnx: Path, validation: Measured
-) -> tuple[Candidate, list[Candidate]]:
-    auto = place.precision == "auto"
-    precisions = available_precisions(place.engine, onnx) if auto else [place.precision]
-    candidates = measure(place.engine, onnx, precisions, validation.ids, validation.reference, scenario.max_texts)
-    return choose(candidates, scenario.gates.min_agreement) if auto else candidates[0], candidates
 
 
 def _check_top_k(scenario: Scenario, splits: Splits) -> None:
@@ -211,8 +177,10 @@ def _describe_comparison(comparison: Comparison, abstention: dict[str, float] | 
     )
 
 
-def _describe_engine(engine: str, chosen: Candidate, candidates: Sequence[Candidate]) -> str:
-    speeds = ", ".join(f"{c.precision} {c.texts_per_second:,.0f} texts/s" for c in candidates)
+def _describe_engine(engine: str, chosen: Variant, variants: Sequence[Variant]) -> str:
+    speeds = ", ".join(
+        f"{v.precision} {v.texts_per_second:,.0f} texts/s{'' if v.refusal is None else ' (refused)'}" for v in variants
+    )
     return f"{engine} {chosen.precision} ({speeds} on validation texts, in process)"
 
 

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from millibert_build.dataset import Splits
-from millibert_build.engine import Candidate
 from millibert_build.hub import Base, file_sha256
 from millibert_build.scenario import Scenario
 from millibert_build.train import Epoch
+
+if TYPE_CHECKING:
+    from millibert_build.variants import Variant  # which imports this file through the stages
 
 FORMAT = 1
 _PACKAGES = ("millibert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "numpy")
@@ -35,26 +37,36 @@ def describe(scenario: Scenario, base: Base, splits: Splits, curve: Sequence[Epo
         "top_k": scenario.top_k,
         "data": {"sha256": splits.sha256(), "texts": texts},
         "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
-        # All that a build which continues from this one needs; where the data lay is no one else's business.
-        "scenario": _portable(scenario),
         "training": {**scenario.training.model_dump(), "curve": [asdict(epoch) for epoch in curve]},
         "machine": {"architecture": platform.machine(), "cpu": cpu_name()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 
-def describe_engine(kind: str, chosen: Candidate, candidates: Sequence[Candidate], onnx: Path) -> dict[str, Any]:
-    """The engine, and the candidates that it was chosen from."""
+def describe_engine(kind: str, chosen: Variant, variants: Sequence[Variant]) -> dict[str, Any]:
+    """The engine, and the variants that it was chosen from, as measured on validation texts."""
     return {
         "kind": kind,
         "precision": chosen.precision,
         "layout": "packed",
-        "onnx_sha256": file_sha256(onnx),
-        "measured": [candidate._asdict() for candidate in candidates],
+        "onnx_sha256": file_sha256(chosen.onnx),
+        "measured": [
+            {
+                "precision": variant.precision,
+                "texts_per_second": variant.texts_per_second,
+                "agreement": variant.validation.agreement,
+                "score": variant.validation.engine_score,
+                "bytes": variant.onnx.stat().st_size,
+                "refused": variant.refusal,
+                "note": variant.note,
+            }
+            for variant in variants
+        ],
     }
 
 
-def _portable(scenario: Scenario) -> dict[str, Any]:
+def portable(scenario: Scenario) -> dict[str, Any]:
+    """What a build that continues from this one needs; where the data lay is no one else's business."""
     columns = scenario.data.model_dump(include={"text_column", "label_column", "label_separator"})
     document = scenario.model_dump(mode="json", exclude={"data", "base", "distillation"})
     return {**document, "base": "release", "data": {"train": "release", "test": "release", **columns}}

@@ -32,7 +32,7 @@ _INSIDE = {
         (contract.INPUT_IDS, contract.SPAN, contract.TRUNCATED),
     ),
     contract.BERT: ((contract.INPUT_IDS, contract.SPAN), (contract.LOGITS,)),
-    contract.POSTPROCESS: ((contract.LOGITS,), (contract.LABEL, contract.SCORE, contract.LABEL_ID)),
+    contract.POSTPROCESS: ((contract.LOGITS,), (contract.LABEL, contract.SCORE, contract.LABEL_ID, contract.ACCEPTED)),
 }
 
 
@@ -51,6 +51,7 @@ class Artefacts:
 def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None:
     """Fill an empty folder with the ensemble and its three models."""
     parameters = {
+        ENSEMBLE_TEMPLATE: {contract.LABELS_PARAMETER: json.dumps(list(artefacts.labels), ensure_ascii=False)},
         contract.BERT: {
             "engine": artefacts.engine,
             "precision": artefacts.precision,
@@ -72,8 +73,9 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
         _write_model(folder / config.name, config, MODELS / template)
     artefacts.tokenizer.save(str(folder / contract.TOKENIZER / VERSION / "tokenizer.json"))
     shutil.copyfile(artefacts.onnx, folder / contract.BERT / VERSION / "model.onnx")
-    labels = json.dumps(list(artefacts.labels), ensure_ascii=False, indent=0)
-    (folder / contract.POSTPROCESS / VERSION / "labels.json").write_text(labels, encoding="utf-8")
+    for name, values in (("labels", artefacts.labels), ("thresholds", artefacts.calibration.thresholds)):
+        path = folder / contract.POSTPROCESS / VERSION / f"{name}.json"
+        path.write_text(json.dumps(list(values), ensure_ascii=False, indent=0), encoding="utf-8")
 
 
 def load_config(template: str) -> model_config_pb2.ModelConfig:

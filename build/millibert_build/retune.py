@@ -22,6 +22,7 @@ from millibert_build.evaluate import Comparison, GateError
 from millibert_build.hub import Base, file_sha256
 from millibert_build.kept_data import load_data
 from millibert_build.objective import validation_score
+from millibert_build.optimisation import learning_rate
 from millibert_build.pipeline import Place, Source, locked, make_release
 from millibert_build.progress import Progress
 from millibert_build.publish import RELEASE_FILE, check_replaceable
@@ -46,7 +47,7 @@ def retune(folder: Path, add: str, place: Place) -> dict[str, Any]:
     progress = Progress(total=6)
     with locked(place.work):
         with progress.stage("data"):
-            origin = open_release(folder, place.work)
+            origin = _open_settled(folder, place.work)
             splits, held = with_feedback(origin, add)
             scenario, base = continued(origin)
             added = len(splits.train) - len(origin.splits.train)
@@ -54,7 +55,8 @@ def retune(folder: Path, add: str, place: Place) -> dict[str, Any]:
         judge = _Judge(origin, held)
         lineage = [*origin.manifest["lineage"], _ancestor(origin, len(held), add)]
         next_place = replace(place, work=place.work / NEXT)
-        manifest = make_release(Source(scenario, splits, base, lineage), next_place, progress, judge)
+        source = Source(scenario, splits, base, lineage, remembered=origin.scenario)
+        manifest = make_release(source, next_place, progress, judge)
         promote(place.work)
     return manifest
 
@@ -91,6 +93,15 @@ def open_release(folder: Path, work: Path) -> Origin:
     )
 
 
+def _open_settled(folder: Path, work: Path) -> Origin:
+    """Open a release, after finishing what a kill right behind its publication left undone."""
+    origin = open_release(folder, work)
+    if origin.checkpoint.parent == work / NEXT:
+        promote(work)
+        origin = open_release(folder, work)
+    return origin
+
+
 def with_feedback(origin: Origin, add: str) -> tuple[Splits, tuple[Example, ...]]:
     """The release's splits with the new examples in them, and those held back, which no split contains."""
     old = origin.splits
@@ -120,9 +131,10 @@ def with_feedback(origin: Origin, add: str) -> tuple[Splits, tuple[Example, ...]
 def continued(origin: Origin) -> tuple[Scenario, Base]:
     """The scenario of the further training, and the release's checkpoint as its base."""
     training = origin.scenario.training
+    width = json.loads((origin.checkpoint / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     changes = {
         "epochs": max(1, round(training.epochs * _EPOCHS_SHARE)),
-        "learning_rate": training.learning_rate and training.learning_rate * _RATE_SHARE,
+        "learning_rate": learning_rate(training, width) * _RATE_SHARE,
     }
     scenario = origin.scenario.model_copy(update={"training": training.model_copy(update=changes)})
     weights = file_sha256(origin.checkpoint / "model.safetensors")

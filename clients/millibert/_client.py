@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import ClassVar, NamedTuple, Self, overload
 from urllib.parse import SplitResult, urlsplit
 
-from millibert._codec import CodecError, Outputs, Request, decode, encode
+from millibert._codec import CodecError, Config, Outputs, Request, decode, encode
 from millibert._errors import (
     InvalidRequest,
     NotFound,
@@ -131,7 +131,14 @@ class Client(ABC):
     def max_batch_size(self, timeout: float | None = None) -> int:
         """How many texts one request may hold, from the model's configuration on the server."""
         # Triton writes 0 for a model without a batch dimension: one text a request is all it could take.
-        return max(1, self._max_batch_size(self._seconds(timeout)))
+        return max(1, self._config(self._seconds(timeout)).max_batch_size)
+
+    def labels(self, timeout: float | None = None) -> tuple[str, ...]:
+        """All labels the model can answer, in the order of their ids, from its configuration on the server."""
+        found = self._config(self._seconds(timeout)).labels
+        if not found:
+            raise self._error(ServerFault, "its configuration does not list its labels; built by an older millibert?")
+        return found
 
     @abstractmethod
     def close(self) -> None:
@@ -153,7 +160,7 @@ class Client(ABC):
     def _ready(self, seconds: float) -> bool: ...
 
     @abstractmethod
-    def _max_batch_size(self, seconds: float) -> int: ...
+    def _config(self, seconds: float) -> Config: ...
 
     def _seconds(self, timeout: float | None) -> float:
         if timeout is None:

@@ -6,6 +6,7 @@ turns it into an error of `millibert._errors`.
 
 from __future__ import annotations
 
+import json
 import operator
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from millibert._errors import InvalidRequest, NotFound, ServerFault, ServiceError, Timeout, Unavailable
 from millibert._types import Classification, Prediction
 from millibert_ensemble.contract import (
+    ACCEPTED,
     LABEL,
     LABEL_ID,
     RESPONSE_TENSORS,
@@ -43,6 +45,18 @@ class Request(NamedTuple):
     tensor: Array
     """`TEXT`: UTF-8 bytes objects, shape [B, 1]."""
     parameters: dict[str, int]
+
+
+class Config(NamedTuple):
+    """What a client wants to know of the model's configuration."""
+
+    max_batch_size: int
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, max_batch_size: object, labels: str) -> Config:
+        """From Triton's own form; raises ValueError or TypeError where it is not one."""
+        return cls(int(str(max_batch_size)), tuple(map(str, json.loads(labels))))
 
 
 def encode(texts: Sequence[str], top_k: int | None) -> Request:
@@ -104,9 +118,10 @@ def decode(texts: Sequence[str], outputs: Outputs) -> tuple[Classification, ...]
         raise CodecError(f"{LABEL.name} has the shape {list(shape)} for {len(texts)} texts")
     scores = _output(SCORE, outputs, shape)
     ids = _output(LABEL_ID, outputs, shape)
+    accepted = _output(ACCEPTED, outputs, shape)
     truncated = _output(TRUNCATED, outputs, (shape[0], 1))
     return tuple(
-        Classification(text, _predictions(labels[row], ids[row], scores[row]), bool(truncated[row, 0]))
+        Classification(text, _predictions(labels[row], ids[row], scores[row], accepted[row]), bool(truncated[row, 0]))
         for row, text in enumerate(texts)
     )
 
@@ -120,10 +135,10 @@ def _output(tensor: Tensor, outputs: Outputs, shape: tuple[int, ...] | None = No
     return array
 
 
-def _predictions(labels: Array, ids: Array, scores: Array) -> tuple[Prediction, ...]:
+def _predictions(labels: Array, ids: Array, scores: Array, accepted: Array) -> tuple[Prediction, ...]:
     return tuple(
-        Prediction(_decoded(label), int(number), float(score))
-        for label, number, score in zip(labels, ids, scores, strict=True)
+        Prediction(_decoded(label), int(number), float(score), bool(holds))
+        for label, number, score, holds in zip(labels, ids, scores, accepted, strict=True)
     )
 
 

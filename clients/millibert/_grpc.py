@@ -11,9 +11,9 @@ from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from millibert._client import DEFAULT_TIMEOUT, Client
-from millibert._codec import Outputs, Request, error_class, plain_reason, read_outputs
+from millibert._codec import Config, Outputs, Request, error_class, plain_reason, read_outputs
 from millibert._errors import ServiceError, Timeout, Unavailable
-from millibert_ensemble.contract import TEXT
+from millibert_ensemble.contract import LABELS_PARAMETER, TEXT
 
 _NO_LIMIT = 2**31 - 1
 _CHANNEL_OPTIONS = (
@@ -62,8 +62,9 @@ class GrpcClient(Client):
         left = seconds - (time.monotonic() - start)
         return left > 0 and bool(self._call(self._server.is_model_ready, left))
 
-    def _max_batch_size(self, seconds: float) -> int:
-        return int(self._call(self._server.get_model_config, seconds).config.max_batch_size)
+    def _config(self, seconds: float) -> Config:
+        config = self._call(self._server.get_model_config, seconds).config
+        return Config.of(config.max_batch_size, config.parameters[LABELS_PARAMETER].string_value or "[]")
 
     def _call(self, method: Callable[..., Any], seconds: float, **arguments: Any) -> Any:
         """Call a method of tritonclient within the deadline; its errors become ours."""

@@ -19,9 +19,9 @@ from urllib.parse import quote
 from tritonclient import http as triton
 
 from millibert._client import DEFAULT_TIMEOUT, Address, Client
-from millibert._codec import Outputs, Request, error_class, plain_reason, read_outputs
+from millibert._codec import Config, Outputs, Request, error_class, plain_reason, read_outputs
 from millibert._errors import ServerFault, ServiceError, Timeout, Unavailable
-from millibert_ensemble.contract import TEXT
+from millibert_ensemble.contract import LABELS_PARAMETER, TEXT
 
 _BLOCK = 1 << 16
 _HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -66,10 +66,12 @@ class HttpClient(Client):
         # Triton says "not ready" with 400, also for a model it does not know.
         return answer.status != http.client.BAD_REQUEST and self._checked(answer) is answer
 
-    def _max_batch_size(self, seconds: float) -> int:
+    def _config(self, seconds: float) -> Config:
         answer = self._checked(self._send(_Message("GET", f"{self._model_path}/config"), seconds))
         try:
-            return int(json.loads(answer.body).get("max_batch_size", 0))
+            config = json.loads(answer.body)
+            labels = config.get("parameters", {}).get(LABELS_PARAMETER, {}).get("string_value", "[]")
+            return Config.of(config.get("max_batch_size", 0), labels)
         except (ValueError, AttributeError, TypeError) as error:
             raise self._error(ServerFault, f"the answer is not a model configuration: {error}") from error
 

@@ -10,16 +10,26 @@ from millibert._records import Record, read_records, require_column
 
 
 class LabelledText(NamedTuple):
-    """One text and the label that people gave it."""
+    """One text and the labels that people gave it: one, or of a multi-label set any number."""
 
     text: str
-    label: str
+    labels: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The one label."""
+        return self.labels[0]
 
 
-def read_labelled_texts(path: Path, text_column: str, label_column: str) -> list[LabelledText]:
-    """Read a CSV, TSV or JSON Lines file; raises `UsageError` that names file, line and reason."""
+def read_labelled_texts(
+    path: Path, text_column: str, label_column: str, separator: str | None = None
+) -> list[LabelledText]:
+    """Read a CSV, TSV, JSON or JSON Lines file; raises `UsageError` that names file, line and reason.
+
+    With a `separator` a text has any number of labels: a list, or one string with separators.
+    """
     rows = [
-        LabelledText(_text(path, record, text_column), _label(path, record, label_column))
+        LabelledText(_text(path, record, text_column), _labels(path, record, label_column, separator))
         for record in read_records(path)
     ]
     if not rows:
@@ -36,8 +46,14 @@ def _text(path: Path, record: Record, column: str) -> str:
     return value
 
 
-def _label(path: Path, record: Record, column: str) -> str:
-    label = _text(path, record, column)
-    if not label:
-        raise UsageError(f"{path}:{record.line}: empty {column!r}")
-    return label
+def _labels(path: Path, record: Record, column: str, separator: str | None) -> tuple[str, ...]:
+    if separator is None:
+        label = _text(path, record, column)
+        if not label:
+            raise UsageError(f"{path}:{record.line}: empty {column!r}")
+        return (label,)
+    value = record.fields.get(column) or []
+    parts = value.split(separator) if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise UsageError(f"{path}:{record.line}: column {column!r} holds {value!r}, not labels (a list, or text)")
+    return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))

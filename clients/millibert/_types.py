@@ -14,6 +14,8 @@ class Prediction:
     """Index of the label in the model's label list."""
     score: float
     """Calibrated probability, 0 to 1."""
+    accepted: bool = True
+    """The score reaches the threshold that the build chose on validation texts."""
 
     def __str__(self) -> str:
         return f"{self.label} {self.score:.3f}"
@@ -35,6 +37,16 @@ class Classification:
         return self.predictions[0]
 
     @property
+    def known(self) -> bool:
+        """Whether any label is accepted; if not, the answer is "don't know", whatever the best label is."""
+        return any(prediction.accepted for prediction in self.predictions)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """The accepted labels among those asked for: of a multi-label model, the labels of the text."""
+        return tuple(prediction.label for prediction in self.predictions if prediction.accepted)
+
+    @property
     def label(self) -> str:
         """The best label."""
         return self.best.label
@@ -46,4 +58,5 @@ class Classification:
 
     def __str__(self) -> str:
         listed = ", ".join(str(prediction) for prediction in self.predictions)
-        return f"{listed} (text truncated)" if self.truncated else listed
+        notes = ["don't know"] * (not self.known) + ["text truncated"] * self.truncated
+        return f"{listed} ({', '.join(notes)})" if notes else listed

@@ -21,6 +21,7 @@ from millibert._arguments import add_service, batch_limit, batches, open_client,
 from millibert._client import Client
 from millibert._types import Classification
 
+_ACCEPTED = "  ✓"  # reaches its threshold
 _SHOWN_CHARACTERS = 100
 _SCORE_DECIMALS = 6  # FP32 carries no more
 
@@ -51,8 +52,14 @@ def as_document(answer: Classification) -> dict[str, Any]:
     return {
         "text": answer.text,
         "truncated": answer.truncated,
+        "known": answer.known,
         "predictions": [
-            {"label": each.label, "id": each.id, "score": round(each.score, _SCORE_DECIMALS)}
+            {
+                "label": each.label,
+                "id": each.id,
+                "score": round(each.score, _SCORE_DECIMALS),
+                "accepted": each.accepted,
+            }
             for each in answer.predictions
         ],
     }
@@ -62,7 +69,9 @@ def as_table(answer: Classification) -> str:
     """Lay an answer out for people: the text, then a line per label with aligned scores."""
     width = max(len(each.label) for each in answer.predictions)
     lines = [_shown(answer.text)]
-    lines += [f"  {each.label:<{width}}  {each.score:.3f}" for each in answer.predictions]
+    lines += [f"  {each.label:<{width}}  {each.score:.3f}{_ACCEPTED * each.accepted}" for each in answer.predictions]
+    if not answer.known:
+        lines.append("  note: don't know; no label reaches the threshold that the build chose for it")
     if answer.truncated:
         lines.append("  note: longer than the model reads; the end of this text was ignored")
     return "\n".join(lines)

@@ -1,12 +1,13 @@
 """Measure how often a served model is right, on labelled texts sent through the server.
 
-The data is a CSV file with a header, or JSON Lines; UTF-8. Texts without an answer count as errors and are
-left out of the figures.
+The data is a CSV file with a header, a JSON array of objects, or JSON Lines; UTF-8. Texts without an answer count
+as errors and are left out of the figures.
 
 examples:
   millibert evaluate --url grpc://127.0.0.1:8001 --model banking77 --data test.csv --label-column category
   millibert evaluate --url http://127.0.0.1:8000 --model banking77 --data test.jsonl --json > figures.json
   millibert evaluate --url … --model banking77 --data test.csv --checkpoint .millibert/banking77/checkpoint
+  millibert evaluate --url … --model nlupp --data fold16.json --label-column intents --multi-label
 
 The exit status is 0 when all texts were answered, 1 when a call failed, 2 for wrong usage.
 """
@@ -51,9 +52,15 @@ class Outcome(NamedTuple):
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `millibert evaluate`."""
     add_service(parser)
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="a .csv or .jsonl file")
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="a .csv, .tsv, .json or .jsonl file")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--multi-label",
+        action="store_true",
+        help="a text has any number of labels (a list, or separated in one field): measure the accepted ones",
+    )
+    parser.add_argument("--label-separator", default="|", metavar="TEXT", help="default: %(default)s")
     parser.add_argument(
         "--batch-size", type=positive_int, metavar="N", help="texts per request (default: the model's limit)"
     )
@@ -82,11 +89,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit status. Raises `ServiceError` when the service answers nothing at all."""
-    rows = read_labelled_texts(args.data, args.text_column, args.label_column)
+    if args.multi_label and args.checkpoint is not None:
+        raise UsageError("--checkpoint compares best labels; it cannot be used with --multi-label")
+    separator = args.label_separator if args.multi_label else None
+    rows = read_labelled_texts(args.data, args.text_column, args.label_column, separator)
     if args.predictions is not None:
         _write_predictions(args.predictions, [])  # where that fails, it should before the work is done
     with open_client(args) as client:
-        top_k = _accepted_top_k(client)
+        top_k = len(client.labels()) if args.multi_label else _accepted_top_k(client)
         size = args.batch_size or batch_limit(client)
         start = time.perf_counter()
         calls = _outcomes(client, rows, size, top_k, args.concurrency)
@@ -96,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     failures = [outcome.error for outcome in outcomes if outcome.error is not None]
     if not pairs:
         raise failures[0]
-    figures = {**_figures(pairs, len(rows)), "seconds": seconds, "model": args.model, "url": args.url}
+    measured = _multi_label_figures(pairs) if args.multi_label else _figures(pairs)
+    figures = {**measured, **_counts(pairs, len(rows)), "seconds": seconds, "model": args.model, "url": args.url}
     if args.checkpoint is not None:
         figures["agreement"] = _agreement(pairs, args.checkpoint)
     _warn(pairs, failures, figures)
@@ -141,12 +152,26 @@ def _with_progress(outcomes: Iterable[Outcome], total: int, *, hidden: bool) -> 
             yield outcome
 
 
-def _figures(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
+def _figures(pairs: Sequence[metrics.Pair]) -> dict[str, Any]:
     return {
         "accuracy": metrics.accuracy(pairs),
         "top_k_accuracy": metrics.top_k_accuracy(pairs),
         "top_k": len(pairs[0][1].predictions),
         "macro_f1": metrics.macro_f1(pairs),
+        "known": metrics.known(pairs),
+    }
+
+
+def _multi_label_figures(pairs: Sequence[metrics.Pair]) -> dict[str, Any]:
+    return {
+        "micro_f1": metrics.micro_f1(pairs),
+        "macro_f1": metrics.multi_label_macro_f1(pairs),
+        "exact_match": metrics.exact_match(pairs),
+    }
+
+
+def _counts(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
+    return {
         "n": total,
         "errors": total - len(pairs),
         "truncated": sum(answer.truncated for _, answer in pairs),
@@ -190,8 +215,9 @@ def _write_predictions(path: Path, pairs: Sequence[metrics.Pair]) -> None:
             for row, answer in pairs:
                 line = {
                     "text": row.text,
-                    "label": row.label,
+                    "label": row.labels[0] if len(row.labels) == 1 else list(row.labels),
                     "predicted": answer.label,
+                    "accepted": list(answer.accepted),
                     "score": answer.score,
                 }
                 file.write(json.dumps(line) + "\n")
@@ -200,12 +226,11 @@ def _write_predictions(path: Path, pairs: Sequence[metrics.Pair]) -> None:
 
 
 def _table(figures: dict[str, Any]) -> str:
-    name_of_top_k = f"top-{figures['top_k']} accuracy"
+    names = {"accuracy": "accuracy", "micro_f1": "micro F1", "exact_match": "exact match"}
+    names |= {"top_k_accuracy": f"top-{figures.get('top_k')} accuracy", "macro_f1": "macro F1", "known": "known"}
     lines = [
         ("model", f"{figures['model']} at {figures['url']}"),
-        ("accuracy", f"{figures['accuracy']:.4f}"),
-        (name_of_top_k, f"{figures['top_k_accuracy']:.4f}"),
-        ("macro F1", f"{figures['macro_f1']:.4f}"),
+        *((names[key], f"{value:.4f}") for key, value in figures.items() if key in names),
         ("texts", f"{figures['n']}, {figures['errors']} without an answer, {figures['truncated']} truncated"),
         ("seconds", f"{figures['seconds']:.2f}"),
     ]

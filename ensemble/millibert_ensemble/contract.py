@@ -3,7 +3,8 @@
 Configs, models, clients, manifests and tests are checked against this file. Shapes leave out the batch
 dimension B (texts of a request); -1 is a dimension that depends on the request.
 
-    TEXT ─► tokenizer ─► input_ids, span ─► bert ─► logits ─► postprocess ─► LABEL, SCORE, LABEL_ID
+    TEXT ─► tokenizer ─► input_ids, span ─► bert ─► logits ─► postprocess ─► LABEL, SCORE,
+                │                                                             LABEL_ID, ACCEPTED
                 └────────────────────────────────────────────────────────► TRUNCATED
 """
 
@@ -32,9 +33,12 @@ TEXT = Tensor("TEXT", "BYTES", (1,))  # UTF-8
 LABEL = Tensor("LABEL", "BYTES", (-1,))  # [B, K], best first
 SCORE = Tensor("SCORE", "FP32", (-1,))  # [B, K], probabilities
 LABEL_ID = Tensor("LABEL_ID", "INT32", (-1,))  # [B, K], indices into the label list
+# [B, K], the score reaches its threshold. One label a text: a best label that is not accepted means "don't know".
+# Several: exactly the accepted labels hold.
+ACCEPTED = Tensor("ACCEPTED", "BOOL", (-1,))
 TRUNCATED = Tensor("TRUNCATED", "BOOL", (1,))  # the text was longer than the model reads
 REQUEST_TENSORS = (TEXT,)
-RESPONSE_TENSORS = (LABEL, SCORE, LABEL_ID, TRUNCATED)
+RESPONSE_TENSORS = (LABEL, SCORE, LABEL_ID, ACCEPTED, TRUNCATED)
 
 # What flows between the models.
 INPUT_IDS = Tensor("input_ids", "INT32", (-1,))  # [B, L], rows padded with id 0 to the longest of the request
@@ -43,3 +47,6 @@ LOGITS = Tensor("logits", "FP32", (-1,))  # [B, labels]
 
 # The request parameter that sets K, from 1 to the number of labels.
 TOP_K_PARAMETER = "top_k"
+
+# The parameter of the ensemble's config that holds all labels, a JSON list in the order of their ids.
+LABELS_PARAMETER = "labels"

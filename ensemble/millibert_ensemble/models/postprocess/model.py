@@ -13,14 +13,16 @@ from .ranking import ACTIVATIONS, best, requested_top_k
 
 
 class TritonPythonModel:
-    """logits -> LABEL, SCORE, LABEL_ID."""
+    """logits -> LABEL, SCORE, LABEL_ID, ACCEPTED."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the labels; problem type, temperature and default K are parameters of the config."""
+        """Load labels and thresholds; problem type, temperature and default K are parameters of the config."""
         parameters = json.loads(args["model_config"])["parameters"]
         folder = Path(args["model_repository"]) / args["model_version"]
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         self._labels = np.array([label.encode() for label in labels], dtype=np.object_)
+        thresholds = json.loads((folder / "thresholds.json").read_text(encoding="utf-8"))
+        self._thresholds = np.array(thresholds, np.float32)
         self._activation = ACTIVATIONS[parameters["problem"]["string_value"]]
         self._temperature = np.float32(parameters["temperature"]["string_value"])
         self._top_k = int(parameters["top_k"]["string_value"])
@@ -49,6 +51,7 @@ class TritonPythonModel:
                 pb_utils.Tensor("LABEL", self._labels[ranking.ids]),
                 pb_utils.Tensor("SCORE", ranking.scores.astype(np.float32)),
                 pb_utils.Tensor("LABEL_ID", ranking.ids),
+                pb_utils.Tensor("ACCEPTED", ranking.scores >= self._thresholds[ranking.ids]),
             ]
         )
 

@@ -10,6 +10,7 @@ import triton_python_backend_utils as pb
 LABELS = ["greeting", "nap", "other", "größe"]
 SCORES = [0.8, 0.1, 0.06, 0.04]
 LABEL_OF_WORD = {"hello": 0, "sleep": 1}
+ACCEPTED_ABOVE = 0.5
 LONGEST = 20_000
 
 
@@ -38,6 +39,7 @@ def _response(request: Any) -> Any:
             pb.Tensor("LABEL", names[ids]),
             pb.Tensor("SCORE", scores),
             pb.Tensor("LABEL_ID", ids),
+            pb.Tensor("ACCEPTED", scores > ACCEPTED_ABOVE),
             pb.Tensor("TRUNCATED", np.array([[len(text) > LONGEST] for text in texts])),
         ]
     )

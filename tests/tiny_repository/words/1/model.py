@@ -26,6 +26,7 @@ class TritonPythonModel:
                 pb.Tensor("LABEL", labels),
                 pb.Tensor("SCORE", scores),
                 pb.Tensor("LABEL_ID", ids),
+                pb.Tensor("ACCEPTED", scores > 0.1),
                 pb.Tensor("TRUNCATED", np.zeros((len(texts), 1), dtype=bool)),
             ]
         )
