@@ -126,9 +126,14 @@ class Release:
     scenario: Path
 
     def build(self, out: Path, scenario: Path | None = None, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "millibert.cli", "build", "--scenario", str(scenario or self.scenario)]
-        places = ["--out", str(out), "--work", str(self.work)]
-        return subprocess.run([*command, *places, *options], capture_output=True, text=True, check=False)
+        return self._run(out, "--scenario", str(scenario or self.scenario), *options)
+
+    def retune(self, out: Path, add: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return self._run(out, "--from-release", str(self.repository), "--add", add, *options)
+
+    def _run(self, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "millibert.cli", "build", "--out", str(out), "--work", str(self.work)]
+        return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
 SCENARIO = """

@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from millibert import UsageError
 from millibert_build.calibrate import (
     HIGHEST,
     LOWEST,
     MIN_POSITIVES,
+    Calibration,
     abstention_threshold,
     auroc,
     calibrate,
     expected_calibration_error,
     fit_temperature,
     label_thresholds,
+    load_calibration,
+    save_calibration,
 )
 from millibert_ensemble.models.postprocess.ranking import sigmoid, softmax
 
@@ -76,6 +80,20 @@ def test_the_abstention_threshold_keeps_the_wanted_share_and_is_the_highest_that
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4], [0.5, 0.5]], np.float32)
     assert abstention_threshold(probabilities, 0.8) == pytest.approx(0.6)
     assert abstention_threshold(probabilities, 0.81) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("recall", [0.07, 0.55, 0.95])
+def test_the_kept_share_is_not_blurred_by_floating_point(recall):
+    probabilities = np.linspace(0.01, 0.99, 100, dtype=np.float32)[:, None]
+    assert (probabilities >= abstention_threshold(probabilities, recall)).sum() == round(100 * recall)
+
+
+def test_it_is_kept_beside_its_checkpoint(tmp_path):
+    found = Calibration(1.25, (0.1, float(np.float32(0.3))))
+    save_calibration(tmp_path, found)
+    assert load_calibration(tmp_path) == found
+    with pytest.raises(UsageError, match=r"calibration\.json: cannot read the checkpoint's thresholds"):
+        load_calibration(tmp_path / "absent")
 
 
 def test_each_label_gets_the_threshold_of_its_best_f1():

@@ -185,6 +185,40 @@ def test_copies_can_be_left_out_of_training_instead(write):
     assert found.warnings == ("1 training texts left out: the held-out data have them too",)
 
 
+def test_copies_of_test_texts_are_left_out_of_the_validation_data_too(write):
+    validation = write("validation.csv", rows(("new", "a"), ("b number 3", "b"), ("kept", "a")))
+    test = write("test.csv", rows(("new", "a"), ("b number 4", "b")))
+    with pytest.raises(UsageError, match=r"the same text is in the (train|validation) data"):
+        splits(write("train.csv", TRAIN), test, validation=validation)
+    found = splits(write("train.csv", TRAIN), test, validation=validation, copies="drop")
+    assert [e.text for e in found.validation] == ["b number 3", "kept"]
+    assert len(found.test) == 2  # whatever is left out, the figures are of the whole test
+    assert len(found.train) == 18
+    assert found.warnings == (
+        "2 training texts left out: the held-out data have them too",
+        "1 validation texts left out: the test data have them too",
+    )
+
+
+def test_data_that_are_nothing_but_copies_are_refused(write):
+    train, test = write("train.csv", TRAIN), write("test.csv", TRAIN)
+    with pytest.raises(UsageError, match=r"train\.csv: nothing is left of the training data"):
+        splits(train, test, copies="drop")
+
+
+def test_a_text_that_training_repeats_is_not_validated_on(write):
+    twice = TRAIN + TRAIN.partition("\n")[2]
+    found = splits(write("train.csv", twice), write("test.csv", rows(("t", "a"))), validation_share=0.2)
+    assert not {e.text for e in found.train} & {e.text for e in found.validation}
+    assert found.validation
+    assert "validation texts left out: the training data repeat them" in found.warnings[0]
+
+
+def test_data_with_nothing_to_hold_out_are_refused(write):
+    with pytest.raises(UsageError, match=r"train\.csv: too few different texts to hold any out"):
+        splits(write("train.csv", rows(("x", "a"), ("y", "b"))), write("test.csv", rows(("t", "a"))))
+
+
 def test_several_files_and_wildcards_are_read_in_order(write, tmp_path):
     for number in range(3):
         write(f"part{number}.csv", rows((f"text {number}", "a")))
@@ -226,6 +260,8 @@ def test_labels_in_one_field_are_separated(write):
         ('[\n{"text": "x"}\n{"text": "y"}]', r"bad\.json:3: not valid JSON: expected ',' or '\]'"),
         ('[\n{"text": "x"},\n{"text" "y"}]', r"bad\.json:3: not valid JSON"),
         ('[{"text": "x"}', r"bad\.json:1: not valid JSON"),
+        ('[\n{"text": "x"},\n]', r"bad\.json:3: not valid JSON: no entry after the last ','"),
+        ('[{"text": "x"}]\n\n[{"text": "y"}]', r"bad\.json:3: not valid JSON: more behind the array"),
         ('[{"text": "x"}]', r"bad\.json: no record has a column 'label'"),
     ],
 )
@@ -248,6 +284,24 @@ def test_every_label_of_a_multi_label_set_is_held_out_in_proportion(write):
         assert out[label] / count == pytest.approx(0.2, abs=0.08), label
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_label_of_a_multi_label_set_loses_its_last_training_text(write, seed):
+    # x and y are as rare as z, and taking a text for each of them could take both texts of z.
+    labels = ["xz", "yz", "x", "y", "q", "q", "q"]
+    texts = [{"text": str(n), "label": list(each)} for n, each in enumerate(labels)]
+    kept, held = stratified(load(write("data.json", json.dumps(texts)), problem="multi_label"), 0.2, seed)
+    assert {label for e in kept for label in e.labels} == set("xyzq")
+    assert held
+
+
+def test_out_of_scope_texts_need_no_label(write):
+    train, test = write("train.csv", TRAIN), write("test.csv", rows(("t", "a")))
+    found = splits(train, test, out_of_scope=write("outside.csv", "text\nwhat is love\n"))
+    assert found.out_of_scope == ("what is love",)
+    with pytest.raises(UsageError, match=r"blank\.csv:2: empty 'text'"):
+        splits(train, test, out_of_scope=write("blank.csv", 'text,x\n" ",1\n'))
+
+
 def test_targets_are_multi_hot(write):
     examples = load(write("data.csv", rows(("one", "b|a"), ("two", ""))), problem="multi_label")
     assert target_matrix(examples, ("a", "b", "c")).tolist() == [[1, 1, 0], [0, 0, 0]]
@@ -262,6 +316,22 @@ def test_nlupp_loads():
     found = splits(**source, problem="multi_label", copies="drop")
     assert len(found.labels) == 48
     assert len(found.test) == 413
+    assert {label for e in found.train for label in e.labels} == set(found.labels)
+    assert not {e.text for e in found.train} & {e.text for e in (*found.validation, *found.test)}
+
+
+@pytest.mark.skipif(not NLUPP.is_dir(), reason="NLU++ is not on this machine")
+def test_nlupp_folds_can_be_validation_data():
+    train = (str(NLUPP / "fold[0-9].json"), str(NLUPP / "fold1[0-3].json"))
+    found = splits(
+        train,
+        str(NLUPP / "fold1[6-9].json"),
+        validation=str(NLUPP / "fold1[4-5].json"),
+        label_column="intents",
+        problem="multi_label",
+        copies="drop",
+    )
+    assert (len(found.validation), len(found.test)) == (207, 413)
 
 
 def test_a_training_text_that_differs_in_case_and_space_is_left_out_with_a_warning(write):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +143,64 @@ def test_top_k_comes_from_the_request_or_the_default(parameters, expected):
 def test_a_wrong_top_k_is_refused(value):
     with pytest.raises(ValueError, match="top_k must be an integer from 1 to 5"):
         requested_top_k(json.dumps({"top_k": value}), 3, 5)
+
+
+@pytest.fixture
+def postprocess(monkeypatch, tmp_path):
+    """The postprocessor on plain arrays: what it answers to one request with these logits."""
+
+    class Tensor(SimpleNamespace):
+        def __init__(self, name, array):
+            super().__init__(name=name, array=array)
+
+    triton = SimpleNamespace(
+        Tensor=Tensor,
+        InferenceResponse=lambda tensors=(), error=None: error or {each.name: each.array for each in tensors},
+        get_input_tensor_by_name=lambda request, _: SimpleNamespace(as_numpy=lambda: request.logits),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    name = "millibert_ensemble.models.postprocess.model"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+
+    def _postprocess(problem, thresholds, logits, top_k):
+        (tmp_path / "1").mkdir(exist_ok=True)
+        (tmp_path / "1" / "labels.json").write_text(json.dumps([f"label {i}" for i in range(len(thresholds))]))
+        (tmp_path / "1" / "thresholds.json").write_text(json.dumps(thresholds))
+        values = {"problem": problem, "temperature": "2.0", "top_k": str(top_k)}
+        parameters = {name: {"string_value": value} for name, value in values.items()}
+        model = module.TritonPythonModel()
+        model.initialize(
+            {
+                "model_config": json.dumps({"parameters": parameters}),
+                "model_repository": str(tmp_path),
+                "model_version": "1",
+            }
+        )
+        request = SimpleNamespace(logits=np.array(logits, np.float32), parameters=lambda: "")
+        return model.execute([request])[0]
+
+    return _postprocess
+
+
+def test_each_label_is_held_against_its_own_threshold(postprocess):
+    # Halved by the temperature: 1, 0 and -1, so 0.731, 0.5 and 0.269; not in the order of their ids.
+    answer = postprocess("multi_label", [0.6, 0.2, 0.7], [[0, -2, 2]], top_k=3)
+    assert answer["LABEL_ID"].tolist() == [[2, 0, 1]]
+    assert answer["SCORE"].tolist() == [pytest.approx([0.731, 0.5, 0.269], abs=1e-3)]
+    assert answer["ACCEPTED"].tolist() == [[True, False, True]]
+    assert answer["ACCEPTED"].dtype == np.bool_
+
+
+def test_a_score_that_equals_its_threshold_is_accepted(postprocess):
+    assert postprocess("multi_label", [0.5, 0.5], [[0, 0]], top_k=2)["ACCEPTED"].tolist() == [[True, True]]
+
+
+def test_a_best_label_below_the_threshold_means_dont_know(postprocess):
+    answer = postprocess("single_label", [0.8] * 3, [[9, 0, 0], [1, 0, 0]], top_k=2)
+    assert answer["LABEL_ID"][:, 0].tolist() == [0, 0]
+    assert answer["ACCEPTED"].tolist() == [[True, False], [False, False]]
 
 
 def cgroup(tmp_path, lines: str, **files: str):

@@ -130,6 +130,42 @@ def test_the_padded_twin_agrees(model, tmp_path):
     np.testing.assert_allclose(logits, reference(model, rows), atol=TOLERANCE, rtol=0)
 
 
+def prune_unevenly(model) -> None:
+    """Take heads and feed-forward neurons away, from each layer another number."""
+    for number, layer in enumerate(model.bert.encoder.layer):
+        attention, size = layer.attention.self, layer.attention.self.attention_head_size
+        kept = torch.arange((3 - number) * size)
+        for linear in (attention.query, attention.key, attention.value):
+            cut(linear, kept, 0)
+        cut(layer.attention.output.dense, kept, 1)
+        attention.all_head_size = len(kept)
+        neurons = torch.arange(0, 150 - 40 * number)
+        cut(layer.intermediate.dense, neurons, 0)
+        cut(layer.output.dense, neurons, 1)
+
+
+def cut(linear: torch.nn.Linear, kept: torch.Tensor, dim: int) -> None:
+    linear.weight = torch.nn.Parameter(linear.weight.index_select(dim, kept).detach())
+    if dim == 0:
+        linear.bias = torch.nn.Parameter(linear.bias[kept].detach())
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def test_layers_may_differ_in_heads_and_neurons(tmp_path):
+    model = small_bert()
+    prune_unevenly(model)
+    export_packed(model, LIMIT, tmp_path / "model.onnx")
+    rows = texts(9, 4, 30)
+    inputs = {
+        "input_ids": np.concatenate(rows).astype(np.int32),
+        "lengths": np.array([9, 4, 30], np.int32),
+        "max_length": np.zeros(30, np.float32),
+        "span": np.zeros(1, np.int32),
+    }
+    logits = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, inputs)[0]
+    np.testing.assert_allclose(logits, reference(model, rows), atol=TOLERANCE, rtol=0)
+
+
 # What was seen to arrive from Triton's ragged batching.
 
 

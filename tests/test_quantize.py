@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from tests.test_packed_bert import LIMIT, small_bert, texts
+from tests.test_packed_bert import LIMIT, texts
+from tests.test_packed_bert import small_bert as bert_without_biases
 
 from millibert_build.engine import (
     Candidate,
@@ -47,6 +48,15 @@ ENCODER = [
     ),
     *(f"last_layer.{part}" for part in ("query", "key_value", "attention_output", "intermediate", "output")),
 ]
+
+
+def small_bert():
+    model = bert_without_biases()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +162,9 @@ def test_both_engines_run_the_same_int8_graph_and_agree(folder, reference):
     runtime = logits(folder / "int8.onnx", "int8", "onnxruntime")
     assert 0 < error(openvino, reference) < 0.2
     assert 0 < error(runtime, reference) < 0.2
-    assert error(openvino, runtime) < 0.1
+    # OpenVINO may compute in bf16 what is not quantised.
+    assert error(openvino, runtime) < 0.2
+    assert (openvino.argmax(1) == runtime.argmax(1)).mean() > 0.9
 
 
 def test_dynamic_int8_runs_in_onnx_runtime(folder, reference):
@@ -220,10 +232,11 @@ def test_what_tensorrt_would_not_read_is_refused(folder, tmp_path, change):
             name = f"{product}.weight_{part}"
             stored[name].CopyFrom(numpy_helper.from_array(np.array(values), name))
     else:
-        node = next(n for n in model.graph.node if n.output[0] == f"{product}.product")
-        node.input[0] = f"{product}.x" if f"{product}.x" in stored else "gelu_1"
+        product_node = next(n for n in model.graph.node if n.output[0] == f"{product}.product")
+        quantizing = next(n for n in model.graph.node if n.output[0] == f"{product}.quantized")
+        product_node.input[0] = quantizing.input[0]
     onnx.save(model, tmp_path / "wrong.onnx")
-    with pytest.raises((PrecisionError, onnx.shape_inference.InferenceError), match=product.replace(".", r"\.")):
+    with pytest.raises(PrecisionError, match=r"product 'layers\.1\.output'"):
         assert_precision(tmp_path / "wrong.onnx", "int8")
 
 
@@ -234,6 +247,16 @@ def test_excluded_products_stay_in_floating_point(folder, reference, tmp_path):
     assert weight_products(folder / "fp32.onnx") == ENCODER
     with pytest.raises(ValueError, match="no such product: pooler"):
         quantize_static(folder / "fp32.onnx", tmp_path / "int8.onnx", batches(), {"pooler"})
+
+
+def test_products_without_biases(tmp_path):
+    """A bias of zeros is not exported."""
+    export_packed(bert_without_biases(), LIMIT, tmp_path / "fp32.onnx")
+    expected = logits(tmp_path / "fp32.onnx", "fp32")
+    quantize_static(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", batches())
+    assert 0 < error(logits(tmp_path / "int8.onnx", "int8"), expected) < 0.2
+    quantize_dynamic(tmp_path / "fp32.onnx", tmp_path / "dynamic.onnx")
+    assert 0 < error(logits(tmp_path / "dynamic.onnx", "int8_dynamic", "onnxruntime"), expected) < 0.2
 
 
 def weight_products_in_int8(path: Path) -> list[str]:
@@ -296,7 +319,7 @@ def test_precisions_of_the_engines(folder):
     assert available_precisions("openvino", folder / "fp32.onnx")[0] == "fp32"
     assert quantized_precisions("onnxruntime") == ["int8", "int8_dynamic"]
     assert quantized_precisions("openvino") == ["int8"]
-    with pytest.raises(EngineError, match="not int8_dynamic; onnxruntime can"):
+    with pytest.raises(EngineError, match="not int8_dynamic; use the engine onnxruntime"):
         ENGINES["openvino"](folder / "int8_dynamic.onnx", "int8_dynamic", 1)
 
 

@@ -6,11 +6,14 @@ validation texts, leaves every ranking as it is and brings confidence in line wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from millibert._errors import UsageError
 from millibert_build.engine import Floats
 from millibert_build.scenario import Problem
 from millibert_ensemble.models.postprocess.ranking import ACTIVATIONS
@@ -21,6 +24,7 @@ _STEPS = 50
 _BINS = 15
 # A label with fewer positive texts than this says too little about its own threshold.
 MIN_POSITIVES = 5
+_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,21 @@ def calibrate(problem: Problem, logits: Floats, targets: Floats, in_scope_recall
     return Calibration(temperature, tuple(thresholds))
 
 
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Keep it beside the checkpoint whose validation logits it was fitted on."""
+    (folder / _FILE).write_text(json.dumps(asdict(calibration)), encoding="utf-8")
+
+
+def load_calibration(folder: Path) -> Calibration:
+    """What `save_calibration` wrote; raises `UsageError` where there is none."""
+    path = folder / _FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot read the checkpoint's thresholds: {error}; build it again") from error
+    return Calibration(found["temperature"], tuple(found["thresholds"]))
+
+
 def fit_temperature(problem: Problem, logits: Floats, targets: Floats) -> float:
     """The temperature with the least log loss, between `LOWEST` and `HIGHEST`.
 
@@ -67,11 +86,17 @@ def fit_temperature(problem: Problem, logits: Floats, targets: Floats) -> float:
 def abstention_threshold(probabilities: Floats, in_scope_recall: float) -> float:
     """The highest threshold that `in_scope_recall` of these texts reach with their best label."""
     confidence = np.sort(probabilities.max(axis=1))[::-1]
-    return float(confidence[int(np.ceil(in_scope_recall * len(confidence))) - 1])
+    # In floating point 0.55 * 100 is above 55, and would ask for 56 texts.
+    needed = int(np.ceil(round(in_scope_recall * len(confidence), 6)))
+    return float(confidence[needed - 1])
 
 
 def label_thresholds(probabilities: Floats, targets: Floats) -> list[float]:
-    """Per label the threshold with the best F1 on these texts; rare labels get the one with the best micro-F1."""
+    """Per label the threshold with the best F1 on these texts; rare labels get the one with the best micro-F1.
+
+    A threshold of its own fits a rare label's few texts rather than the label (SCut: Yang, "A Study of Thresholding
+    Strategies for Text Categorization", SIGIR 2001): fewer than `MIN_POSITIVES` positives share one over all labels.
+    """
     common = _best_threshold(probabilities.ravel(), targets.ravel() > 0)
     return [
         _best_threshold(column, right > 0) if (right > 0).sum() >= MIN_POSITIVES else common

@@ -11,20 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertForSequenceClassification, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from millibert._errors import UsageError
 from millibert_build.batches import predict_logits
+from millibert_build.prune import shape_as_noted, structure_of
 from millibert_build.tokens import limited, load_tokenizer, token_ids
 
 RECORD = "millibert.json"
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The classifier in fp32, ready to infer."""
+    """The classifier in fp32, ready to infer; a pruned one in the shape that its config notes."""
     transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    config = BertConfig.from_pretrained(folder)
+    model: PreTrainedModel
+    if structure_of(config) is None:
+        model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    else:
+        # `from_pretrained` builds every layer in the full size and refuses smaller weights.
+        model = BertForSequenceClassification(config).float()
+        shape_as_noted(model)
+        model.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME))
+    model.eval()
     return model
 
 

@@ -88,12 +88,21 @@ def load_splits(data: Data, labels: Sequence[str] | None, seed: int, problem: Pr
         raise UsageError(f"{_named(data.train)}: only one class, {only}; a classifier needs at least two")
     for split in (train, validation, test):
         _refuse(_unknown_labels(split, known))
-    train, warnings = _without_copies(train, validation, test, data.copies)
+    warnings: tuple[str, ...] = ()
+    if data.copies == "drop":
+        train, validation, warnings = _without_copies(train, validation, test)
+    _refuse(_copies_across({"train": train, "validation": validation, "test": test}))
     train, more = _without_variants(train, (*validation, *test))
-    if not validation:
+    warnings += more
+    if data.validation is None:
         train, validation = stratified(train, data.validation_share, seed)
+        # Of a text that is there twice one copy may have been held out. Without it no label loses its last text.
+        validation, more = _left_out(validation, train, "validation texts", "the training data repeat them")
+        warnings += more
+        if not validation:
+            raise UsageError(f"{_named(data.train)}: too few different texts to hold any out; set validation in [data]")
     outside = load_texts(data.out_of_scope, data.text_column) if data.out_of_scope is not None else ()
-    return Splits(train, validation, test, known, (*warnings, *more), problem, tuple(outside))
+    return Splits(train, validation, test, known, warnings, problem, tuple(outside))
 
 
 def load_examples(sources: Sources, split: str, data: Data, problem: Problem) -> tuple[Example, ...]:
@@ -126,7 +135,7 @@ def load_texts(sources: Sources, text_column: str) -> list[str]:
 
 
 def stratified(examples: Sequence[Example], share: float, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Hold out `share` of each label (at least one text, never the last one): (kept, held out).
+    """Hold out `share` of each label (at least one text if it has two, never its last one): (kept, held out).
 
     With several labels a text: iterative stratification (Sechidis et al., "On the Stratification of Multi-Label
     Data", 2011). The rarest label is dealt with first, and each of its texts counts for all its other labels too.
@@ -137,13 +146,20 @@ def stratified(examples: Sequence[Example], share: float, seed: int) -> tuple[tu
         for label in example.labels or ("",):
             waiting[label].append(index)
     wanted = {label: _held_out(len(indices), share) for label, indices in waiting.items()}
+    remaining = {label: len(indices) for label, indices in waiting.items()}
     chosen: set[int] = set()
     decided: set[int] = set()
     generator = random.Random(seed)  # noqa: S311 - a split, not a secret
     for label in sorted(waiting, key=lambda name: (len(waiting[name]), name)):
         free = [index for index in waiting[label] if index not in decided]
-        already = sum(index in chosen for index in waiting[label])
-        chosen.update(generator.sample(free, min(len(free), max(0, wanted[label] - already))))
+        missing = max(0, wanted[label] - sum(index in chosen for index in waiting[label]))
+        for index in (*generator.sample(free, min(len(free), missing)), *free):
+            of_text = examples[index].labels or ("",)
+            # A text with two rare labels could be the last one of the other.
+            if missing and index not in chosen and all(remaining[name] > 1 for name in of_text):
+                chosen.add(index)
+                missing -= 1
+                remaining.update({name: remaining[name] - 1 for name in of_text})
         decided.update(free)
     kept = tuple(example for index, example in enumerate(examples) if index not in chosen)
     return kept, tuple(examples[index] for index in sorted(chosen))
@@ -208,14 +224,25 @@ def _copies_across(splits: dict[str, Sequence[Example]]) -> list[str]:
 
 
 def _without_copies(
-    train: tuple[Example, ...], validation: Sequence[Example], test: Sequence[Example], copies: str
+    train: tuple[Example, ...], validation: tuple[Example, ...], test: Sequence[Example]
+) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[str, ...]]:
+    """Leave out of training what is held out, and of validation what is in the test data: the test stays whole."""
+    cleaned, of_validation = _left_out(validation, test, "validation texts", "the test data have them too")
+    kept, of_train = _left_out(train, (*validation, *test), "training texts", "the held-out data have them too")
+    for split, before, after in (("validation", validation, cleaned), ("training", train, kept)):
+        if before and not after:
+            raise UsageError(f"{before[0].file}: nothing is left of the {split} data: all of it is held-out data too")
+    return kept, cleaned, (*of_train, *of_validation)
+
+
+def _left_out(
+    examples: tuple[Example, ...], measured: Sequence[Example], what: str, why: str
 ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
-    """Refuse what is in two splits, or leave it out of training where the scenario says so."""
-    held = {example.text for example in (*validation, *test)}
-    kept = tuple(example for example in train if copies == "refuse" or example.text not in held)
-    _refuse(_copies_across({"train": kept, "validation": validation, "test": test}))
-    left_out = len(train) - len(kept)
-    return kept, (f"{left_out} training texts left out: the held-out data have them too",) if left_out else ()
+    """Those whose text, to the letter, is not a measured one, and a warning that counts the others."""
+    held = {example.text for example in measured}
+    kept = tuple(example for example in examples if example.text not in held)
+    count = len(examples) - len(kept)
+    return kept, (f"{count} {what} left out: {why}",) if count else ()
 
 
 def _without_variants(

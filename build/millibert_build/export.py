@@ -1,10 +1,14 @@
-"""Checkpoint to ONNX: the packed or the padded graph, dynamic in texts, tokens and longest length."""
+"""Checkpoint to ONNX: the packed or the padded graph, dynamic in texts, tokens and longest length.
+
+The precision of a graph is explicit: casts of `packed_bert`, checked on the file by `precision.assert_precision`.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import torch
@@ -12,6 +16,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from millibert_build.packed_bert import PackedBert, PaddedBert
+from millibert_build.precision import assert_precision
 
 # The newest operator set and file format that TensorRT 10.9 and 11 both read.
 OPSET = 20
@@ -20,9 +25,12 @@ MAX_IR = 10
 PACKED_INPUTS = ("input_ids", "lengths", "max_length", "span")
 OUTPUT = "logits"
 
+FloatPrecision = Literal["fp32", "fp16", "bf16"]
+_TYPES: dict[FloatPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-def export_packed(model: PreTrainedModel, max_tokens: int, path: Path) -> None:
-    """Write the packed graph; see `PackedBert` for its inputs."""
+
+def export_packed(model: PreTrainedModel, max_tokens: int, path: Path, precision: FloatPrecision = "fp32") -> None:
+    """Write the packed graph; see `PackedBert` for its inputs, which do not depend on the precision."""
     lengths = torch.tensor([5, 7, 3], dtype=torch.int32)
     arguments = (
         torch.arange(1, 16, dtype=torch.int32),
@@ -32,7 +40,8 @@ def export_packed(model: PreTrainedModel, max_tokens: int, path: Path) -> None:
     )
     dims = ("tokens", "texts", "longest", "span")
     shapes = {name: {0: Dim(dim)} for name, dim in zip(PACKED_INPUTS, dims, strict=True)}
-    _export(PackedBert(model, max_tokens), arguments, shapes, path)
+    _export(PackedBert(model, max_tokens, _TYPES[precision]), arguments, shapes, path)
+    assert_precision(path, precision)
 
 
 def export_padded(model: PreTrainedModel, max_tokens: int, path: Path) -> None:

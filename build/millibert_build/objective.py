@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from millibert_build.scenario import Distillation, Problem, Training
 
 _MAX_POSITIVE_WEIGHT = 10.0
+_SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Objective:
     def __init__(self, problem: Problem, training: Training, targets: Tensor, teacher: Teacher | None = None) -> None:
         """`targets` multi-hot [training texts, labels]: what class weights are counted from."""
         self._single = problem == "single_label"
-        self._smoothing = training.label_smoothing
+        default = _SMOOTHING if self._single else 0.0
+        self._smoothing = default if training.label_smoothing is None else training.label_smoothing
         self._teacher = teacher
         self._weights: Tensor | None = None
         if training.class_weights == "balanced":
@@ -81,6 +83,16 @@ def balanced_weights(targets: Tensor, problem: Problem) -> Tensor:
     if problem == "single_label":
         return texts / (labels * positives)
     return ((texts - positives) / positives).clamp(1, _MAX_POSITIVE_WEIGHT)
+
+
+def prior_logits(targets: Tensor) -> Tensor:
+    """Log odds [labels] of the share of texts that each label has: what a new classifier starts from.
+
+    From even odds, the first steps of a multi-label model would all push every label down together, far enough
+    to saturate the pooler for good (Lin et al., "Focal Loss for Dense Object Detection", 2017, section 3.3).
+    """
+    share = targets.mean(0).clamp(1 / len(targets), 0.5)
+    return torch.log(share / (1 - share))
 
 
 def validation_loss(logits: Tensor, targets: Tensor, problem: Problem) -> float:

@@ -18,6 +18,10 @@ was seen to arrive from there:
 
 The last layer computes its queries, output and feed-forward for the first token of each text only, since the
 classifier reads nothing else.
+
+Precision is explicit, as strongly typed engines want it: with a half type, every matrix product of the encoder
+(projections, attention, feed-forward) has operands of that type, and so have the activations between two products;
+embeddings, residual sums, LayerNorm, softmax, pooler and classifier stay float32. Inputs and logits do not change.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from transformers.activations import ACT2FN
 
 from millibert._errors import UsageError
 
-# Finite, so that a row of nothing but padding stays a number and fp16 does not overflow.
+# Finite, so that a row of nothing but padding stays a number, also where an engine makes the mask fp16.
 MASKED = -1e4
 
 
@@ -47,66 +51,71 @@ class _Layout(NamedTuple):
 
 
 class _Attention(nn.Module):
-    """What all layers share: attention on the grid, its output, and the feed-forward part."""
+    """What all layers share: attention on the grid, its output, and the feed-forward part.
 
-    def __init__(self, layer: Any, heads: int) -> None:
+    Heads and feed-forward neurons are those of the layer, not of the config: a pruned model has fewer in some.
+    Tokens come and go as float32; `dtype` is the type of the matrix products.
+    """
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.heads = heads
-        self.head_size: int = layer.attention.self.query.out_features // heads
-        self.attention_output = layer.attention.output.dense
+        self.dtype = dtype
+        self.head_size: int = layer.attention.self.attention_head_size
+        self.heads: int = layer.attention.self.query.out_features // self.head_size
+        self.attention_output = _joined(dtype, layer.attention.output.dense)
         self.attention_norm = layer.attention.output.LayerNorm
-        self.intermediate = layer.intermediate.dense
+        self.intermediate = _joined(dtype, layer.intermediate.dense)
         self.activation = layer.intermediate.intermediate_act_fn
-        self.output = layer.output.dense
+        self.output = _joined(dtype, layer.output.dense)
         self.output_norm = layer.output.LayerNorm
 
     def split(self, grid: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[N, S, parts * H] -> parts times [N, heads, S, head size]."""
+        """[N, S, parts * heads * head size] -> parts times [N, heads, S, head size]."""
         n, s, _ = grid.shape
         heads = grid.reshape(n, s, parts, self.heads, self.head_size).permute(2, 0, 3, 1, 4)
         return tuple(heads[part] for part in range(parts))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Softmax attention; the query is scaled already. Returns [N, queries, H]."""
-        weights = torch.softmax(query @ key.transpose(-1, -2) + mask, dim=-1)
-        return (weights @ value).transpose(1, 2).flatten(2)
+        """Softmax attention; the query is scaled already. Returns [N, queries, heads * head size]."""
+        weights = torch.softmax((query @ key.transpose(-1, -2)).float() + mask, dim=-1)
+        return (weights.to(self.dtype) @ value).transpose(1, 2).flatten(2)
 
     def finish(self, residual: Tensor, context: Tensor) -> Tensor:
         """Everything behind attention, token by token."""
-        hidden = self.attention_norm(self.attention_output(context) + residual)
-        fed = self.output(self.activation(self.intermediate(hidden)))
-        return self.output_norm(fed + hidden)  # type: ignore[no-any-return]
+        hidden = self.attention_norm(self.attention_output(context).float() + residual)
+        fed = self.output(self.activation(self.intermediate(hidden.to(self.dtype))))
+        return self.output_norm(fed.float() + hidden)  # type: ignore[no-any-return]
 
 
 class _Layer(_Attention):
     """An encoder layer for all tokens; query, key and value are one product."""
 
-    def __init__(self, layer: Any, heads: int) -> None:
-        super().__init__(layer, heads)
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
         attention = layer.attention.self
         query = _scaled(attention.query, self.head_size**-0.5)
-        self.query_key_value = _joined(query, attention.key, attention.value)
+        self.query_key_value = _joined(dtype, query, attention.key, attention.value)
 
     def forward(self, tokens: Tensor, layout: _Layout) -> Tensor:
         """[tokens, H] -> [tokens, H]."""
-        query, key, value = self.split(layout.to_grid(self.query_key_value(tokens)), 3)
+        query, key, value = self.split(layout.to_grid(self.query_key_value(tokens.to(self.dtype))), 3)
         return self.finish(tokens, layout.to_tokens(self.attend(query, key, value, layout.mask)))
 
 
 class _LastLayer(_Attention):
     """The last encoder layer, for the first token of each text only."""
 
-    def __init__(self, layer: Any, heads: int) -> None:
-        super().__init__(layer, heads)
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
         attention = layer.attention.self
-        self.query = _scaled(attention.query, self.head_size**-0.5)
-        self.key_value = _joined(attention.key, attention.value)
+        self.query = _joined(dtype, _scaled(attention.query, self.head_size**-0.5))
+        self.key_value = _joined(dtype, attention.key, attention.value)
 
     def forward(self, tokens: Tensor, layout: _Layout) -> Tensor:
         """[tokens, H] -> [N, H]."""
         first = tokens.index_select(0, layout.first)
-        (query,) = self.split(self.query(first).unsqueeze(1), 1)
-        key, value = self.split(layout.to_grid(self.key_value(tokens)), 2)
+        (query,) = self.split(self.query(first.to(self.dtype)).unsqueeze(1), 1)
+        key, value = self.split(layout.to_grid(self.key_value(tokens.to(self.dtype))), 2)
         return self.finish(first, self.attend(query, key, value, layout.mask).squeeze(1))
 
 
@@ -115,7 +124,7 @@ class _Bert(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_tokens: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         check_architecture(model, max_tokens)
         bert: Any = model.eval().float().bert
@@ -126,10 +135,9 @@ class _Bert(nn.Module):
         table = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         self.register_buffer("positions", table.detach()[:max_tokens].clone())
         self.norm = embeddings.LayerNorm
-        heads = model.config.num_attention_heads
         *layers, last = bert.encoder.layer
-        self.layers = nn.ModuleList(_Layer(layer, heads) for layer in layers)
-        self.last_layer = _LastLayer(last, heads)
+        self.layers = nn.ModuleList(_Layer(layer, dtype) for layer in layers)
+        self.last_layer = _LastLayer(last, dtype)
         self.pooler: nn.Linear = bert.pooler.dense
         self.classifier: nn.Linear = cast(Any, model).classifier
 
@@ -234,8 +242,9 @@ def _scaled(linear: nn.Linear, factor: float) -> nn.Linear:
     return scaled
 
 
-def _joined(*linears: nn.Linear) -> nn.Linear:
-    joined = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears))
-    joined.weight.data = torch.cat([linear.weight.detach() for linear in linears])
-    joined.bias.data = torch.cat([linear.bias.detach() for linear in linears])
+def _joined(dtype: torch.dtype, *linears: nn.Linear) -> nn.Linear:
+    """One product for several of the same input; a copy, so that the model keeps its own type."""
+    joined = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), dtype=dtype)
+    joined.weight.data = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)
+    joined.bias.data = torch.cat([linear.bias.detach() for linear in linears]).to(dtype)
     return joined

@@ -17,9 +17,9 @@ import numpy as np
 
 from millibert._errors import UsageError
 from millibert_build import release
-from millibert_build.calibrate import auroc, calibrate
-from millibert_build.dataset import Splits, load_splits
-from millibert_build.evaluate import Comparison, check_gates
+from millibert_build.calibrate import Calibration, auroc, calibrate
+from millibert_build.dataset import Example, Splits, load_splits
+from millibert_build.evaluate import Comparison, check_pruning_gates, compare
 from millibert_build.export import export_packed
 from millibert_build.hub import Base, resolve_base
 from millibert_build.kept_data import save_data
@@ -27,9 +27,9 @@ from millibert_build.progress import Progress
 from millibert_build.publish import RELEASE_FILE, check_replaceable, replacing
 from millibert_build.repository import Artefacts, hash_files, write_models
 from millibert_build.scenario import Engine, Precision, Scenario
-from millibert_build.stages import Trained, fine_tuned
+from millibert_build.stages import Trained, fine_tuned, pruned
 from millibert_build.tokens import token_ids
-from millibert_build.variants import Measured, Variant, Workshop, fastest, make_variants, measured
+from millibert_build.variants import Measured, Variant, Workshop, first_passing, make_variants, measured, passing
 from millibert_ensemble.models.postprocess.ranking import softmax
 
 
@@ -62,7 +62,7 @@ def build(scenario: Scenario, place: Place) -> dict[str, Any]:
     Raises `UsageError` for wrong input and `GateError` for a missed gate; `place.out` is then as it was.
     """
     check_replaceable(place.out)
-    progress = Progress(total=6)
+    progress = Progress(total=6 + scenario.pruning.active)
     with locked(place.work):
         with progress.stage("data"):
             splits = load_splits(scenario.data, scenario.labels, scenario.training.seed, scenario.problem)
@@ -85,6 +85,8 @@ def make_release(
     with progress.stage("train"), _training_log(place.tensorboard) as log:
         trained = fine_tuned(scenario, source.base, splits, place.work, log)
         progress.note(_describe_training(trained))
+    smaller = _pruned(source, trained, place, progress) if scenario.pruning.active else None
+    before, trained = trained, smaller or trained
     with progress.stage("export"):
         fp32 = place.work / "fp32.onnx"
         export_packed(trained.model, scenario.max_tokens, fp32)
@@ -95,13 +97,20 @@ def make_release(
         calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
         shop = Workshop(scenario, place.engine, trained, validation, calibration, place.work)
         variants = make_variants(shop, fp32, place.precision, splits)
-        chosen = fastest(variants)
-        progress.note(_describe_engine(place.engine, chosen, variants))
+        choices = passing(variants)
+        progress.note(_describe_engine(place.engine, choices[0], variants))
     with progress.stage("evaluate"):
         test = measured(splits.test, trained, splits.labels)
+        stages: dict[str, Any] = {}
         found = {variant.precision: shop.compare(variant.precision, variant.onnx, test) for variant in variants}
+        if smaller is not None:
+            against = _against(before, test, scenario, calibration, splits.test, splits.labels)
+            check_pruning_gates(against, scenario.gates)
+            stages["pruning"] = against._asdict()
+        chosen = first_passing(choices, found, scenario.gates)
         comparison = found[chosen.precision]
-        check_gates(comparison, scenario.gates, chosen.precision)
+        if chosen is not choices[0]:
+            progress.warn(f"{choices[0].precision} passed on validation and not on test; {chosen.precision} is served")
         abstention = _abstention(shop, chosen, test, splits)
         progress.note(_describe_comparison(comparison, abstention))
         judged = judge(trained, comparison) if judge is not None else {}
@@ -113,16 +122,48 @@ def make_release(
         manifest = release.describe(scenario, source.base, splits, trained.curve)
         manifest["scenario"] = release.portable(source.remembered or scenario)
         manifest["checkpoint"] = {"fingerprint": trained.record["fingerprint"]}
+        manifest["removed"] = trained.record.get("removed")
         manifest["lineage"] = list(source.lineage)
         manifest["engine"] = release.describe_engine(place.engine, chosen, variants)
         manifest["thresholds"] = dict(zip(splits.labels, calibration.thresholds, strict=True))
-        manifest["metrics"] = {"test": comparison._asdict(), "abstention": abstention, **judged}
+        manifest["metrics"] = {"test": comparison._asdict(), "abstention": abstention, **stages, **judged}
         manifest["metrics"]["variants"] = {name: each._asdict() for name, each in found.items()}
         manifest["files"] = hash_files(staging)
         (staging / RELEASE_FILE).write_text(release.as_json(manifest), encoding="utf-8")
         save_data(splits, place.work)
         progress.note(str(place.out))
     return manifest
+
+
+def _pruned(source: Source, before: Trained, place: Place, progress: Progress) -> Trained:
+    """Prune and recover; refused on validation texts already where too much was lost."""
+    scenario, splits = source.scenario, source.splits
+    with progress.stage("prune"), _training_log(place.tensorboard) as log:
+        trained = pruned(scenario, before, splits, place.work, log)
+        validation = measured(splits.validation, trained, splits.labels)
+        recall = scenario.abstention.in_scope_recall
+        calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
+        found = _against(before, validation, scenario, calibration, splits.validation, splits.labels)
+        sizes = [sum(p.numel() for p in each.model.parameters()) / 1e6 for each in (before, trained)]
+        progress.note(
+            f"{sizes[0]:.1f} to {sizes[1]:.1f} million parameters, validation {found.score_name} "
+            f"{found.engine_score:.4f}, before {found.checkpoint_score:.4f}, agreement {found.agreement:.4f}"
+        )
+        check_pruning_gates(found, scenario.gates, "validation")
+    return trained
+
+
+def _against(
+    before: Trained,
+    after: Measured,
+    scenario: Scenario,
+    calibration: Calibration,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+) -> Comparison:
+    """A later checkpoint's logits against those of an earlier one on the same texts."""
+    reference = measured(examples, before, labels).reference
+    return compare(scenario.problem, reference, after.reference, after.targets, calibration)
 
 
 def _abstention(shop: Workshop, chosen: Variant, test: Measured, splits: Splits) -> dict[str, float] | None:

@@ -67,7 +67,8 @@ class Training(_Strict):
     max_gradient_norm: Positive = 1.0
     dropout: PartShare | None = None
     """None: what the base checkpoint says (0.1 for BERT)."""
-    label_smoothing: PartShare = 0.1
+    label_smoothing: PartShare | None = None
+    """None: 0.1 single-label, 0 multi-label."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each label weighs as much as if all were equally frequent (multi-label: positives, up to 10-fold)."""
     freeze: Literal["none", "embeddings", "head_only"] | Annotated[int, Field(ge=1)] = "none"

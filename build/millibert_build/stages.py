@@ -25,9 +25,11 @@ from millibert_build.batches import Encoded, encode, padded, predict_logits, shu
 from millibert_build.checkpoint import load_model, load_record, save_record
 from millibert_build.dataset import Example, Splits
 from millibert_build.hub import Base, file_sha256
-from millibert_build.objective import Objective, Teacher
+from millibert_build.objective import Objective, Teacher, prior_logits
 from millibert_build.optimisation import learning_rate
+from millibert_build.prune import prune
 from millibert_build.scenario import Distillation, Scenario
+from millibert_build.sparsify import apply_masks, two_four_masks
 from millibert_build.tokens import limited, load_tokenizer, token_ids
 from millibert_build.train import STATE, Course, Epoch, best_epoch, fine_tune, load_base
 
@@ -74,6 +76,8 @@ def fine_tuned(scenario: Scenario, base: Base, splits: Splits, work: Path, log: 
         tokenizer = load_tokenizer(base.location, base.revision)
         model = load_base(base, splits.labels, scenario.max_tokens, scenario.problem, training)
         train, validation = _encoded(splits, limited(tokenizer, scenario.max_tokens))
+        if scenario.problem == "multi_label":
+            _start_from_priors(model, train)
         teacher = _teacher(scenario.distillation, splits) if scenario.distillation is not None else None
         fine_tune(model, Course(scenario.problem, train, validation, training, teacher, log=log), folder)
         tokenizer.save_pretrained(folder)
@@ -84,9 +88,6 @@ def fine_tuned(scenario: Scenario, base: Base, splits: Splits, work: Path, log: 
 
 def pruned(scenario: Scenario, before: Trained, splits: Splits, work: Path, log: Any = None) -> Trained:
     """The fine-tuned model with heads, neurons, layers or weights removed, and recovered."""
-    from millibert_build.prune import prune
-    from millibert_build.sparsify import apply_masks, make_masks
-
     settings = scenario.pruning
     inputs = {"before": before.record[_FINGERPRINT], "pruning": settings.model_dump()}
 
@@ -96,7 +97,7 @@ def pruned(scenario: Scenario, before: Trained, splits: Splits, work: Path, log:
         teacher = Teacher.of(predict_logits(model, train.ids, show="before pruning"), RECOVERY)
         objective = Objective(scenario.problem, scenario.training, train.targets)
         removed = prune(model, _importance_batches(train, scenario), settings, objective)
-        masks = make_masks(model) if settings.sparsity == "2:4" else None
+        masks = two_four_masks(model) if settings.sparsity == "2:4" else None
         after_step = None if masks is None else lambda changed: apply_masks(changed, masks)
         if after_step is not None:
             after_step(model)
@@ -108,6 +109,12 @@ def pruned(scenario: Scenario, before: Trained, splits: Splits, work: Path, log:
         return {"removed": asdict(removed)}
 
     return _kept(work / PRUNED, scenario, inputs, (*_RECIPE, "prune", "sparsify"), make)
+
+
+def _start_from_priors(model: Any, train: Encoded) -> None:
+    """Set the bias of a new classifier; one that a release brings along has learnt its own."""
+    if not model.classifier.bias.any():
+        model.classifier.bias.data.copy_(prior_logits(train.targets))
 
 
 def _kept(

@@ -23,7 +23,7 @@ from millibert_build.engine import (
 )
 from millibert_build.evaluate import Comparison, GateError, check_gates, compare
 from millibert_build.quantize import Activations, Effect, Verdict, quantize_dynamic, quantize_to_gate, sensitivity
-from millibert_build.scenario import Engine, Precision, Scenario
+from millibert_build.scenario import Engine, Gates, Precision, Scenario
 from millibert_build.stages import Trained
 from millibert_build.tokens import token_ids
 from millibert_ensemble.models.bert.packing import pack
@@ -99,12 +99,28 @@ def make_variants(shop: Workshop, fp32: Path, precision: Precision, splits: Spli
     ]
 
 
-def fastest(variants: Sequence[Variant]) -> Variant:
-    """The fastest that passes its gates on validation; raises `GateError` with all refusals where none does."""
+def passing(variants: Sequence[Variant]) -> list[Variant]:
+    """Those that pass their gates on validation, the fastest first; raises `GateError` where there is none."""
     passed = [variant for variant in variants if variant.refusal is None]
     if not passed:
         raise GateError(" ".join(dict.fromkeys(variant.refusal or "" for variant in variants)))
-    return max(passed, key=lambda variant: variant.texts_per_second)
+    return sorted(passed, key=lambda variant: -variant.texts_per_second)
+
+
+def first_passing(choices: Sequence[Variant], test: Mapping[str, Comparison], gates: Gates) -> Variant:
+    """The first that passes its gates on the test texts too; raises the `GateError` of the first where none does.
+
+    Nothing is tuned on the test texts: they can only refuse what validation texts, often few, let through.
+    """
+    refusals = []
+    for variant in choices:
+        try:
+            check_gates(test[variant.precision], gates, variant.precision)
+        except GateError as error:
+            refusals.append(error)
+        else:
+            return variant
+    raise refusals[0]
 
 
 def _judged(shop: Workshop, precision: str, artefacts: Mapping[str, Path], speed: float, note: str) -> Variant:

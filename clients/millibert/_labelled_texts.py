@@ -28,12 +28,24 @@ def read_labelled_texts(
 
     With a `separator` a text has any number of labels: a list, or one string with separators.
     """
-    rows = [
-        LabelledText(_text(path, record, text_column), _labels(path, record, label_column, separator))
-        for record in read_records(path)
-    ]
+    rows = []
+    labelled = False
+    for record in read_records(path):
+        labelled = labelled or label_column in record.fields
+        rows.append(LabelledText(_text(path, record, text_column), _labels(path, record, label_column, separator)))
     if not rows:
         raise UsageError(f"{path}: no labelled texts")
+    if not labelled:
+        # One text without labels is an answer; a file without any is a mistyped column.
+        raise UsageError(f"{path}: no record has a column {label_column!r}")
+    return rows
+
+
+def read_texts(path: Path, text_column: str) -> list[LabelledText]:
+    """The same for texts that none of the labels fits: whatever else the file holds is left alone."""
+    rows = [LabelledText(_text(path, record, text_column), ()) for record in read_records(path)]
+    if not rows:
+        raise UsageError(f"{path}: no texts")
     return rows
 
 
@@ -52,7 +64,9 @@ def _labels(path: Path, record: Record, column: str, separator: str | None) -> t
         if not label:
             raise UsageError(f"{path}:{record.line}: empty {column!r}")
         return (label,)
-    value = record.fields.get(column) or []
+    value = record.fields.get(column)
+    if value is None:
+        return ()
     parts = value.split(separator) if isinstance(value, str) else value
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
         raise UsageError(f"{path}:{record.line}: column {column!r} holds {value!r}, not labels (a list, or text)")

@@ -90,9 +90,11 @@ def _json(path: Path, content: str) -> Iterator[Record]:
     decoder, position = json.JSONDecoder(), _skip(content, 0)
     if content[position : position + 1] != "[":
         raise UsageError(f"{path}:1: a JSON array of objects is expected; for one object a line use .jsonl")
-    position = _skip(content, position + 1)
+    start = position = _skip(content, position + 1)
+    line = content.count("\n", 0, start) + 1
     while content[position : position + 1] != "]":
-        line = content.count("\n", 0, position) + 1
+        # Counted on from the entry before: from the top each time a large file would take quadratic time.
+        line, start = line + content.count("\n", start, position), position
         try:
             fields, position = decoder.raw_decode(content, position)
         except json.JSONDecodeError as error:
@@ -103,8 +105,18 @@ def _json(path: Path, content: str) -> Iterator[Record]:
         position = _skip(content, position)
         if content[position : position + 1] == ",":
             position = _skip(content, position + 1)
+            if content[position : position + 1] == "]":
+                raise _wrong_json(path, content, position, "no entry after the last ','")
         elif content[position : position + 1] != "]":
-            raise UsageError(f"{path}:{content.count(chr(10), 0, position) + 1}: not valid JSON: expected ',' or ']'")
+            raise _wrong_json(path, content, position, "expected ',' or ']'")
+    rest = _skip(content, position + 1)
+    if rest < len(content):
+        raise _wrong_json(path, content, rest, "more behind the array; one file holds one array")
+
+
+def _wrong_json(path: Path, content: str, position: int, reason: str) -> UsageError:
+    line = content.count("\n", 0, position) + 1
+    return UsageError(f"{path}:{line}: not valid JSON: {reason}")
 
 
 def _skip(content: str, position: int) -> int:

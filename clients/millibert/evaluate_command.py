@@ -8,6 +8,7 @@ examples:
   millibert evaluate --url http://127.0.0.1:8000 --model banking77 --data test.jsonl --json > figures.json
   millibert evaluate --url … --model banking77 --data test.csv --checkpoint .millibert/banking77/checkpoint
   millibert evaluate --url … --model nlupp --data fold16.json --label-column intents --multi-label
+  millibert evaluate --url … --model banking77 --data test.csv --out-of-scope chatter.csv
 
 The exit status is 0 when all texts were answered, 1 when a call failed, 2 for wrong usage.
 """
@@ -29,7 +30,7 @@ from millibert import _metrics as metrics
 from millibert._arguments import add_service, batch_limit, batches, open_client, positive_int
 from millibert._client import Client
 from millibert._errors import InvalidRequest, ServiceError, UsageError
-from millibert._labelled_texts import LabelledText, read_labelled_texts
+from millibert._labelled_texts import LabelledText, read_labelled_texts, read_texts
 from millibert._types import Classification
 
 _TOP_K = 3
@@ -76,7 +77,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="also run this fine-tuned checkpoint here, in PyTorch and fp32, and measure how often the served "
-        "best label is its own (needs the extra 'build')",
+        "best label, or with --multi-label the set of accepted ones, is its own (needs the extra 'build')",
+    )
+    parser.add_argument(
+        "--out-of-scope",
+        type=Path,
+        metavar="FILE",
+        help="also send these texts, which none of the labels fits, and measure how often the answer is "
+        '"don\'t know"; the file needs the text column only',
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.add_argument(
@@ -89,30 +97,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit status. Raises `ServiceError` when the service answers nothing at all."""
-    if args.multi_label and args.checkpoint is not None:
-        raise UsageError("--checkpoint compares best labels; it cannot be used with --multi-label")
     separator = args.label_separator if args.multi_label else None
     rows = read_labelled_texts(args.data, args.text_column, args.label_column, separator)
+    outside = [] if args.out_of_scope is None else read_texts(args.out_of_scope, args.text_column)
     if args.predictions is not None:
-        _write_predictions(args.predictions, [])  # where that fails, it should before the work is done
+        # Where that fails, it should before the work is done.
+        _write_predictions(args.predictions, [], args.multi_label)
     with open_client(args) as client:
         top_k = len(client.labels()) if args.multi_label else _accepted_top_k(client)
         size = args.batch_size or batch_limit(client)
         start = time.perf_counter()
-        calls = _outcomes(client, rows, size, top_k, args.concurrency)
-        outcomes = list(_with_progress(calls, len(rows), hidden=args.json))
+        outcomes = _answered(client, rows, size, top_k, args)
         seconds = round(time.perf_counter() - start, 3)
-    pairs = [pair for outcome in outcomes for pair in outcome.pairs()]
-    failures = [outcome.error for outcome in outcomes if outcome.error is not None]
+        outside_outcomes = _answered(client, outside, size, top_k, args)
+    pairs = _pairs(outcomes)
+    failures = [outcome.error for outcome in (*outcomes, *outside_outcomes) if outcome.error is not None]
     if not pairs:
         raise failures[0]
     measured = _multi_label_figures(pairs) if args.multi_label else _figures(pairs)
     figures = {**measured, **_counts(pairs, len(rows)), "seconds": seconds, "model": args.model, "url": args.url}
+    if outside:
+        figures |= _out_of_scope_figures(_pairs(outside_outcomes), len(outside))
     if args.checkpoint is not None:
-        figures["agreement"] = _agreement(pairs, args.checkpoint)
+        figures["agreement"] = _agreement(pairs, args.checkpoint, multi_label=args.multi_label)
     _warn(pairs, failures, figures)
     if args.predictions is not None:
-        _write_predictions(args.predictions, pairs)
+        _write_predictions(args.predictions, pairs, args.multi_label)
     print(json.dumps(figures, indent=2) if args.json else _table(figures))
     return 1 if failures else 0
 
@@ -144,6 +154,18 @@ def _outcomes(
         yield from pool.map(call, batches(rows, size))
 
 
+def _answered(
+    client: Client, rows: Sequence[LabelledText], size: int, top_k: int | None, args: argparse.Namespace
+) -> list[Outcome]:
+    if not rows:
+        return []
+    return list(_with_progress(_outcomes(client, rows, size, top_k, args.concurrency), len(rows), hidden=args.json))
+
+
+def _pairs(outcomes: Iterable[Outcome]) -> list[metrics.Pair]:
+    return [pair for outcome in outcomes for pair in outcome.pairs()]
+
+
 def _with_progress(outcomes: Iterable[Outcome], total: int, *, hidden: bool) -> Iterator[Outcome]:
     # tqdm takes None for "only on a terminal".
     with tqdm(total=total, unit="text", file=sys.stderr, disable=True if hidden else None) as bar:
@@ -170,6 +192,15 @@ def _multi_label_figures(pairs: Sequence[metrics.Pair]) -> dict[str, Any]:
     }
 
 
+def _out_of_scope_figures(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
+    """Share answered with "don't know"; None where no text got an answer."""
+    return {
+        "out_of_scope_refused": 1 - metrics.known(pairs) if pairs else None,
+        "out_of_scope_n": total,
+        "out_of_scope_errors": total - len(pairs),
+    }
+
+
 def _counts(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
     return {
         "n": total,
@@ -178,21 +209,27 @@ def _counts(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
     }
 
 
-def _agreement(pairs: Sequence[metrics.Pair], checkpoint: Path) -> float:
-    """Share of the answered texts whose best label is the one that the checkpoint gives in process."""
+def _agreement(pairs: Sequence[metrics.Pair], checkpoint: Path, *, multi_label: bool) -> float:
+    """Share of the answered texts whose best label, or set of accepted ones, the checkpoint gives in process too."""
     try:
         from millibert_build.checkpoint import best_labels
+        from millibert_build.checkpoint_labels import label_sets
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--checkpoint needs the extra 'build' ({error.name} is missing): pip install 'millibert[build]'"
         ) from error
-    own = best_labels(checkpoint, [row.text for row, _ in pairs])
-    return sum(answer.label == label for (_, answer), label in zip(pairs, own, strict=True)) / len(pairs)
+    texts = [row.text for row, _ in pairs]
+    if multi_label:
+        sets = zip(pairs, label_sets(checkpoint, texts), strict=True)
+        return sum(labels == frozenset(answer.accepted) for (_, answer), labels in sets) / len(pairs)
+    own = zip(pairs, best_labels(checkpoint, texts), strict=True)
+    return sum(answer.label == label for (_, answer), label in own) / len(pairs)
 
 
 def _warn(pairs: Sequence[metrics.Pair], failures: Sequence[ServiceError], figures: dict[str, Any]) -> None:
     if failures:
-        print(f"error: {figures['errors']} of {figures['n']} texts got no answer:", file=sys.stderr)
+        errors, texts = (figures[name] + figures.get(f"out_of_scope_{name}", 0) for name in ("errors", "n"))
+        print(f"error: {errors} of {texts} texts got no answer:", file=sys.stderr)
         for reason in _some({str(failure) for failure in failures}):
             print(f"  {reason}", file=sys.stderr)
     if unknown := metrics.labels_never_answered(pairs):
@@ -209,13 +246,13 @@ def _some(values: Iterable[str]) -> list[str]:
     return ordered[:_NAMED_AT_MOST] + ([f"… and {rest} more"] if rest > 0 else [])
 
 
-def _write_predictions(path: Path, pairs: Sequence[metrics.Pair]) -> None:
+def _write_predictions(path: Path, pairs: Sequence[metrics.Pair], multi_label: bool) -> None:
     try:
         with path.open("w", encoding="utf-8") as file:
             for row, answer in pairs:
                 line = {
                     "text": row.text,
-                    "label": row.labels[0] if len(row.labels) == 1 else list(row.labels),
+                    "label": list(row.labels) if multi_label else row.label,
                     "predicted": answer.label,
                     "accepted": list(answer.accepted),
                     "score": answer.score,
@@ -234,6 +271,9 @@ def _table(figures: dict[str, Any]) -> str:
         ("texts", f"{figures['n']}, {figures['errors']} without an answer, {figures['truncated']} truncated"),
         ("seconds", f"{figures['seconds']:.2f}"),
     ]
+    if (refused := figures.get("out_of_scope_refused")) is not None:
+        answered = figures["out_of_scope_n"] - figures["out_of_scope_errors"]
+        lines.append(("out of scope", f'{refused:.4f} of {answered} answered texts: "don\'t know"'))
     if "agreement" in figures:
         lines.append(("agreement", f"{figures['agreement']:.4f} with the checkpoint in PyTorch, fp32"))
     return "\n".join(f"{name:<15} {value}" for name, value in lines)

@@ -18,8 +18,8 @@ class EngineError(RuntimeError):
 
 # What each engine computes in. int8 and int8_dynamic say that the graph is one: `model.onnx` is then quantised.
 PRECISIONS: dict[str, tuple[str, ...]] = {
-    "openvino": ("fp32", "bf16", "int8"),
-    "onnxruntime": ("fp32", "int8", "int8_dynamic"),
+    "openvino": ("int8", "bf16", "fp32"),
+    "onnxruntime": ("int8", "int8_dynamic", "fp32"),
 }
 
 
@@ -27,8 +27,8 @@ def check_precision(kind: str, precision: str) -> None:
     """Raise `EngineError` for a precision that this engine has on no CPU."""
     if precision not in PRECISIONS[kind]:
         others = [other for other, precisions in PRECISIONS.items() if precision in precisions]
-        advice = f"; {' and '.join(others)} can" if others else ""
-        raise EngineError(f"{kind} runs {', '.join(PRECISIONS[kind])} on a CPU, not {precision}{advice}")
+        advice = f"; use the engine {' or '.join(others)}" if others else ""
+        raise EngineError(f"{kind} computes {', '.join(PRECISIONS[kind])} on a CPU, not {precision}{advice}")
 
 
 class Engine(Protocol):
