@@ -42,12 +42,12 @@ def test_served_labels_are_those_measured_in_process(tmp_path, triton):
     (tmp_path / "test.json").write_text(json.dumps(data))
     with triton(repository) as server:
         columns = ["--data", str(tmp_path / "test.json"), "--label-column", "intents", "--multi-label", "--json"]
-        measured = run("evaluate", "--url", server.grpc, "--model", "banking", *columns)
+        measured = run("evaluate", "--url", server.grpc_url, "--model", "banking", *columns)
         assert measured.returncode == 0, measured.stderr
         figures = json.loads(measured.stdout)
         assert figures["micro_f1"] == pytest.approx(test["engine_score"], abs=1e-9)
         assert figures["macro_f1"] == pytest.approx(test["engine_macro_f1"], abs=1e-9)
-        with millibert.connect(server.http, "banking") as client:
+        with millibert.connect(server.http_url, "banking") as client:
             labels = client.labels()
             assert list(labels) == manifest["labels"]
             (answer,) = client.classify([data[0]["text"]], top_k=len(labels))
