@@ -20,9 +20,11 @@ LOAD = """
 import json, sys
 from millibert import UsageError
 from millibert_build.dataset import load_examples
+from millibert_build.scenario import Data
+source = f"hub:{sys.argv[1]}"
 try:
-    found = load_examples(f"hub:{sys.argv[1]}", sys.argv[2], "text", "label")
-    print(json.dumps([[example.text, example.label] for example in found]))
+    found = load_examples(source, sys.argv[2], Data(train=source, test=source), "single_label")
+    print(json.dumps([[example.text, *example.labels] for example in found]))
 except UsageError as error:
     print(json.dumps(str(error)))
 """

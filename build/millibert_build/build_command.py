@@ -5,7 +5,8 @@ examples:
   millibert build --name banking77 --train train.csv --test test.csv --text-column text \
                   --label-column category --base minilm --out banking77_repository
   millibert build --name nlupp --problem multi_label --label-column intents --train 'banking/fold[0-9].json' \
-                  --train 'banking/fold1[0-5].json' --test 'banking/fold1[6-9].json' --out nlupp_repository
+                  --train 'banking/fold1[0-5].json' --test 'banking/fold1[6-9].json' \
+                  --set data.copies=drop --out nlupp_repository
   millibert build --scenario my.toml --out repo --set pruning.neurons=0.5 --set training.patience=3 --precision int8
   millibert build --from-release repo --add feedback.jsonl --out repo
 

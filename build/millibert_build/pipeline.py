@@ -17,7 +17,7 @@ import numpy as np
 
 from millibert._errors import UsageError
 from millibert_build import release
-from millibert_build.calibrate import Calibration, auroc, calibrate
+from millibert_build.calibrate import Calibration, auroc, calibrate, save_calibration
 from millibert_build.dataset import Example, Splits, load_splits
 from millibert_build.evaluate import Comparison, check_pruning_gates, compare
 from millibert_build.export import export_packed
@@ -95,6 +95,7 @@ def make_release(
         validation = measured(splits.validation, trained, splits.labels)
         recall = scenario.abstention.in_scope_recall
         calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
+        save_calibration(trained.folder, calibration)
         shop = Workshop(scenario, place.engine, trained, validation, calibration, place.work)
         variants = make_variants(shop, fp32, place.precision, splits)
         choices = passing(variants)
