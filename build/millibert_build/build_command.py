@@ -11,8 +11,9 @@ examples:
   millibert build --from-release repo --add feedback.jsonl --out repo
 
 The repository appears at --out in one step when everything has passed the scenario's gates; after an error
-the previous one is untouched. A build that was interrupted goes on where it was. Data: .csv, .tsv, .json, .jsonl or .parquet files, folders of them
-(train.csv, test.csv), or hub:owner/name. Base: `minilm`, a checkpoint folder, or a hub id.
+the previous one is untouched. A build that was interrupted goes on where it was. Data: .csv, .tsv, .json, .jsonl
+or .parquet files, folders of them (train.csv, test.csv), or hub:owner/name. Base: `minilm`, a checkpoint folder, or
+a hub id.
 
 --set takes any key of a scenario (see build/millibert_build/scenario.py) and a TOML value; a bare word is a string.
 
