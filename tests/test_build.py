@@ -15,6 +15,7 @@ from tritonclient.grpc import model_config_pb2
 from millibert import UsageError, cli
 from millibert_build.publish import replacing
 from millibert_build.repository import check_config, load_config
+from millibert_build.retune import open_release
 from millibert_ensemble import contract
 
 
@@ -118,6 +119,21 @@ def test_a_missed_gate_leaves_the_served_repository_as_it_was(release, tmp_path)
     assert "Traceback" not in done.stderr
     assert contents(release.repository) == before
     assert [p.name for p in release.repository.parent.iterdir() if ".new" in p.name] == []
+
+
+def test_a_pruned_release_is_smaller_and_can_be_continued(release, tmp_path):
+    settings = ["pruning.heads=0.25", "pruning.neurons=0.5", "pruning.recovery_epochs=1", "gates.max_pruning_loss=1"]
+    options = [part for key in (*settings, "gates.min_pruning_agreement=0") for part in ("--set", key)]
+    done = release.build(tmp_path / "small", None, "--precision", "fp32", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    removed = manifest["removed"]
+    assert removed["parameters_after"] < 0.85 * removed["parameters_before"]
+    sizes = [(out / "bert" / "1" / "model.onnx").stat().st_size for out in (tmp_path / "small", release.repository)]
+    assert sizes[0] < 0.85 * sizes[1]
+    assert manifest["metrics"]["pruning"]["texts"] == 250
+    origin = open_release(tmp_path / "small", release.work)
+    assert (origin.checkpoint.name, origin.scenario.pruning.heads) == ("checkpoint", 0.25)
 
 
 # Publishing.

@@ -11,7 +11,6 @@ from millibert_build.evaluate import (
     check_gates,
     check_pruning_gates,
     compare,
-    label_scores,
     macro_f1,
     predicted,
     score,
@@ -60,16 +59,6 @@ def test_f1_of_labels_that_occur():
     given = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]], bool)
     assert macro_f1(given, right) == pytest.approx((2 / 3 + 2 / 3) / 2)
     assert score("multi_label", given, right) == pytest.approx(2 * 2 / 6)
-
-
-def test_each_label_has_its_figures():
-    right = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
-    given = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
-    assert label_scores(given, right, ("a", "b", "c")) == {
-        "a": (1, pytest.approx(2 / 3), pytest.approx(0.8), 3),
-        "b": (0, 0, 0, 1),
-        "c": (0, 0, 0, 0),
-    }
 
 
 def test_gates_name_every_figure_missed():

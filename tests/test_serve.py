@@ -243,7 +243,7 @@ def test_nothing_outlives_a_killed_supervisor(triton: Triton) -> None:
         assert len(killed.leftovers()) > len(family), "nothing to remove: this test shows nothing"
         killed.process.kill()
         killed.process.wait()
-        until(lambda: killed.leftovers() == [], 20)
+        until(lambda: killed.leftovers() == [], 5)
         assert not any(is_alive(process) for process in family)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,28 +93,6 @@ def macro_f1(given: Given, right: Given) -> float:
     hits = (given & right).sum(axis=0)
     total = given.sum(axis=0) + right.sum(axis=0)
     return float((2 * hits[total > 0] / total[total > 0]).mean()) if total.any() else 1.0
-
-
-class LabelScore(NamedTuple):
-    """How well one label is found, as shares; `support` is the number of texts that have it."""
-
-    precision: float
-    recall: float
-    f1: float
-    support: int
-
-
-def label_scores(given: Given, right: Given, labels: Sequence[str]) -> dict[str, LabelScore]:
-    """Each label by its name, from [texts, labels]; a share of nothing is 0, as in scikit-learn."""
-    hits, found, support = (given & right).sum(axis=0), given.sum(axis=0), right.sum(axis=0)
-    return {
-        label: LabelScore(_share(h, g), _share(h, r), _share(2 * h, g + r), r)
-        for label, h, g, r in zip(labels, hits.tolist(), found.tolist(), support.tolist(), strict=True)
-    }
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
 
 
 def check_gates(found: Comparison, gates: Gates, precision: str, split: str = "test") -> None:

@@ -19,6 +19,7 @@ from millibert._errors import UsageError
 from millibert_build import release
 from millibert_build.calibrate import Calibration, auroc, calibrate, save_calibration
 from millibert_build.dataset import Example, Splits, load_splits
+from millibert_build.engine import Floats
 from millibert_build.evaluate import Comparison, check_pruning_gates, compare
 from millibert_build.export import export_packed
 from millibert_build.hub import Base, resolve_base
@@ -103,7 +104,8 @@ def make_release(
     with progress.stage("evaluate"):
         test = measured(splits.test, trained, splits.labels)
         stages: dict[str, Any] = {}
-        found = {variant.precision: shop.compare(variant.precision, variant.onnx, test) for variant in variants}
+        logits = {each.precision: shop.logits(each.precision, each.onnx, test.ids) for each in variants}
+        found = {precision: shop.compare(each, test) for precision, each in logits.items()}
         if smaller is not None:
             against = _against(before, test, scenario, calibration, splits.test, splits.labels)
             check_pruning_gates(against, scenario.gates)
@@ -112,7 +114,7 @@ def make_release(
         comparison = found[chosen.precision]
         if chosen is not choices[0]:
             progress.warn(f"{choices[0].precision} passed on validation and not on test; {chosen.precision} is served")
-        abstention = _abstention(shop, chosen, test, splits)
+        abstention = _abstention(shop, chosen, logits[chosen.precision], splits)
         progress.note(_describe_comparison(comparison, abstention))
         judged = judge(trained, comparison) if judge is not None else {}
     with progress.stage("publish"), replacing(place.out) as staging:
@@ -122,7 +124,7 @@ def make_release(
         write_models(staging, scenario, artefacts)
         manifest = release.describe(scenario, source.base, splits, trained.curve)
         manifest["scenario"] = release.portable(source.remembered or scenario)
-        manifest["checkpoint"] = {"fingerprint": trained.record["fingerprint"]}
+        manifest["checkpoint"] = {"fingerprint": before.record["fingerprint"]}
         manifest["removed"] = trained.record.get("removed")
         manifest["lineage"] = list(source.lineage)
         manifest["engine"] = release.describe_engine(place.engine, chosen, variants)
@@ -167,16 +169,13 @@ def _against(
     return compare(scenario.problem, reference, after.reference, after.targets, calibration)
 
 
-def _abstention(shop: Workshop, chosen: Variant, test: Measured, splits: Splits) -> dict[str, float] | None:
+def _abstention(shop: Workshop, chosen: Variant, inside: Floats, splits: Splits) -> dict[str, float] | None:
     """How well the best label's score parts the test texts from those that no label fits; None without such texts."""
     if not splits.out_of_scope or shop.scenario.problem != "single_label":
         return None
-    outside = token_ids(shop.trained.tokenizer, splits.out_of_scope)
+    outside = shop.logits(chosen.precision, chosen.onnx, token_ids(shop.trained.tokenizer, splits.out_of_scope))
     temperature, threshold = np.float32(shop.calibration.temperature), shop.calibration.thresholds[0]
-    inside_best, outside_best = (
-        softmax(shop.logits(chosen.precision, chosen.onnx, ids) / temperature).max(axis=1)
-        for ids in (test.ids, outside)
-    )
+    inside_best, outside_best = (softmax(logits / temperature).max(axis=1) for logits in (inside, outside))
     return {
         "threshold": threshold,
         "in_scope_recall": float((inside_best >= threshold).mean()),

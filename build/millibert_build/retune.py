@@ -44,7 +44,7 @@ def retune(folder: Path, add: str, place: Place) -> dict[str, Any]:
     the work folder are then as they were.
     """
     check_replaceable(place.out)
-    progress = Progress(total=6)
+    progress = Progress(total=6 + open_release(folder, place.work).scenario.pruning.active)
     with locked(place.work):
         with progress.stage("data"):
             origin = _open_settled(folder, place.work)

@@ -16,10 +16,10 @@ from millibert_build.dataset import Example, Splits
 from millibert_build.engine import (
     Floats,
     available_precisions,
-    measure,
     open_engine,
     quantized_precisions,
     run_packed,
+    texts_per_second,
 )
 from millibert_build.evaluate import Comparison, GateError, check_gates, compare
 from millibert_build.quantize import Activations, Effect, Verdict, quantize_dynamic, quantize_to_gate, sensitivity
@@ -68,9 +68,8 @@ class Workshop:
         """Logits [texts, labels] of a graph, as the server computes them."""
         return run_packed(open_engine(self.engine, onnx, precision), ids, self.scenario.max_texts)
 
-    def compare(self, precision: str, onnx: Path, split: Measured) -> Comparison:
-        """A graph against its checkpoint on one split."""
-        logits = self.logits(precision, onnx, split.ids)
+    def compare(self, logits: Floats, split: Measured) -> Comparison:
+        """A graph's logits on one split against its checkpoint's."""
         return compare(self.scenario.problem, split.reference, logits, split.targets, self.calibration)
 
 
@@ -91,12 +90,8 @@ def make_variants(shop: Workshop, fp32: Path, precision: Precision, splits: Spli
     notes: dict[str, str] = {}
     for name in wanted:
         artefacts[name], notes[name] = _artefact(shop, fp32, name, splits)
-    validation = shop.validation
-    speeds = measure(shop.engine, artefacts, validation.ids, validation.reference, shop.scenario.max_texts)
-    return [
-        _judged(shop, candidate.precision, artefacts, candidate.texts_per_second, notes[candidate.precision])
-        for candidate in speeds
-    ]
+    speeds = texts_per_second(shop.engine, artefacts, shop.validation.ids, shop.scenario.max_texts)
+    return [_judged(shop, name, artefacts, speed, notes[name]) for name, speed in speeds.items()]
 
 
 def passing(variants: Sequence[Variant]) -> list[Variant]:
@@ -124,7 +119,7 @@ def first_passing(choices: Sequence[Variant], test: Mapping[str, Comparison], ga
 
 
 def _judged(shop: Workshop, precision: str, artefacts: Mapping[str, Path], speed: float, note: str) -> Variant:
-    found = shop.compare(precision, artefacts[precision], shop.validation)
+    found = shop.compare(shop.logits(precision, artefacts[precision], shop.validation.ids), shop.validation)
     refusal = _refusal(shop, precision, found)
     return Variant(precision, artefacts[precision], speed, found, refusal, note)
 
@@ -157,7 +152,7 @@ def _artefact(shop: Workshop, fp32: Path, precision: str, splits: Splits) -> tup
 
 
 def _verdict(shop: Workshop, path: Path) -> Verdict:
-    found = shop.compare("int8", path, shop.validation)
+    found = shop.compare(shop.logits("int8", path, shop.validation.ids), shop.validation)
     figures = f"agreement {found.agreement:.4f}, {found.score_name} loss {found.loss:+.4f}"
     return Verdict(_refusal(shop, "int8", found) is None, figures)
 
