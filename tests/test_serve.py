@@ -265,6 +265,20 @@ def test_the_next_start_sweeps_only_what_is_dead(triton: Triton) -> None:
             assert regions(living.pid)
 
 
+def test_the_guardian_waits_for_a_dying_owner() -> None:
+    script = (
+        "import os, time\n"
+        "from millibert_ensemble.workspace import Workspace\n"
+        "space = Workspace()\n"
+        "space._guardian.stdin.close()  # as the kernel closes it, before it lets go of the lock\n"
+        "time.sleep(1)\n"
+        "print(space.name, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    until(lambda: list(workspace.REGIONS.glob(f"{dead.stdout.strip()}*")) == [])
+
+
 def test_a_sweep_needs_no_server() -> None:
     script = (
         "import os, psutil\n"

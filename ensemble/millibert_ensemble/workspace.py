@@ -63,20 +63,32 @@ class Workspace:
         self._guardian.communicate()
 
 
+def sweep_after(owner_name: str) -> None:
+    """Wait until the owner of the workspace with that name has ended, and remove what it left.
+
+    The kernel closes the files of a killed process one after another: whoever learns of its end by one of them, such
+    as a pipe, can still find the lock held. So this waits for the lock.
+    """
+    # No such file: the owner tidied up itself.
+    with contextlib.suppress(FileNotFoundError), _opened(REGIONS / f"{owner_name}{_LOCK}") as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _remove(owner_name)
+
+
 def sweep() -> None:
     """Remove the traces of servers whose owner has died; living ones are left alone."""
     for path in sorted(REGIONS.glob(f"{_STEM}*{_LOCK}")):
         # A lock can be another user's, or be swept by someone else while we look.
-        with contextlib.suppress(PermissionError, FileNotFoundError), _taken_over(path) as free:
-            if free:
+        with contextlib.suppress(PermissionError, FileNotFoundError), _opened(path) as lock:
+            if _try_lock(lock):
                 _remove(path.name.removesuffix(_LOCK))
 
 
 @contextlib.contextmanager
-def _taken_over(lock: Path) -> Iterator[bool]:
+def _opened(lock: Path) -> Iterator[int]:
     descriptor = os.open(lock, os.O_RDWR)
     try:
-        yield _try_lock(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 
