@@ -15,6 +15,7 @@ from tests.test_packed_bert import LIMIT, texts
 from tests.test_packed_bert import small_bert as bert_without_biases
 
 from millibert_build.engine import (
+    Artefact,
     available_precisions,
     open_engine,
     quantized_precisions,
@@ -322,7 +323,8 @@ def test_precisions_of_the_engines(folder):
 
 
 def test_several_files_are_measured_in_one_run(folder):
-    artefacts = {precision: folder / f"{precision}.onnx" for precision in ("fp32", "int8", "int8_dynamic")}
+    precisions = ("fp32", "int8", "int8_dynamic")
+    artefacts = {precision: Artefact(folder / f"{precision}.onnx", precision) for precision in precisions}
     speeds = texts_per_second("onnxruntime", artefacts, ids(), 16)
     assert list(speeds) == list(artefacts)
     assert all(speed > 0 for speed in speeds.values())

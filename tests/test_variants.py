@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from millibert_build.calibrate import Calibration
-from millibert_build.evaluate import Comparison, GateError, check_gates, compare
-from millibert_build.scenario import Gates
-from millibert_build.variants import Variant, first_passing, passing
+from millibert_build.evaluate import Comparison, GateError, compare
+from millibert_build.scenario import make_scenario
+from millibert_build.variants import Tested, Variant, first_passing, passing
+from millibert_build.workshop import Measured, Workshop
 
-GATES = Gates(max_accuracy_loss=0.1)
+SCENARIO = make_scenario(
+    {"name": "x", "data": {"train": "a", "test": "b"}, "gates": {"max_accuracy_loss": 0.1}}, "the test"
+)
+NOTHING = Measured([], np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
+SHOP = Workshop(SCENARIO, "openvino", None, NOTHING, Calibration(1.0, (0.0, 0.0)))
 
 
 def agreeing(texts: int, of: int = 1000) -> Comparison:
@@ -23,13 +28,15 @@ def agreeing(texts: int, of: int = 1000) -> Comparison:
     return compare("single_label", reference, logits, reference, Calibration(1.0, (0.0, 0.0)))
 
 
-def variant(precision: str, speed: float, agreement: int) -> Variant:
+def variant(precision: str, speed: float, agreement: int, contends: bool = True) -> Variant:
     found = agreeing(agreement)
-    try:
-        check_gates(found, GATES, precision, "validation")
-    except GateError as error:
-        return Variant(precision, Path("x.onnx"), speed, found, str(error), "")
-    return Variant(precision, Path("x.onnx"), speed, found, None, "")
+    refusal = SHOP.refusal(precision, found, "validation")
+    return Variant(SHOP, precision, Path("x.onnx"), speed, NOTHING.reference, found, refusal, "", contends)
+
+
+def tested(**agreements: int) -> dict[str, Tested]:
+    found = {precision: agreeing(texts) for precision, texts in agreements.items()}
+    return {name: Tested(NOTHING.reference, each, SHOP.refusal(name, each, "test")) for name, each in found.items()}
 
 
 def precisions(*variants: Variant) -> list[str]:
@@ -47,7 +54,18 @@ def test_the_fastest_that_agrees_comes_first_and_int8_has_a_bar_of_its_own():
 
 def test_what_the_test_texts_refuse_is_passed_over():
     choices = passing([variant("fp32", 1, 1000), variant("int8", 3, 1000)])
-    assert first_passing(choices, {"int8": agreeing(990), "fp32": agreeing(1000)}, GATES).precision == "int8"
-    assert first_passing(choices, {"int8": agreeing(980), "fp32": agreeing(1000)}, GATES).precision == "fp32"
+
+    def taken(count: int, **agreements: int) -> str:
+        found = tested(**agreements)
+        return first_passing(choices[:count], {each: found[each.precision] for each in choices[:count]}).precision
+
+    assert taken(2, int8=990, fp32=1000) == "int8"
+    assert taken(2, int8=980, fp32=1000) == "fp32"
     with pytest.raises(GateError, match="int8 misses gates on 1000 test texts"):
-        first_passing(choices[:1], {"int8": agreeing(980)}, GATES)
+        taken(1, int8=980)
+
+
+def test_what_is_measured_for_comparison_is_not_served():
+    assert precisions(variant("fp32", 9, 1000, contends=False), variant("int8", 3, 1000)) == ["int8"]
+    with pytest.raises(GateError, match="int8 misses"):
+        passing([variant("fp32", 9, 1000, contends=False), variant("int8", 3, 900)])

@@ -90,9 +90,12 @@ def run(args: argparse.Namespace) -> int:
     place = Place(args.engine, args.precision, args.out, work, args.tensorboard)
     release = build(scenario, place) if scenario else retune(args.from_release, args.add, place)
     if args.json:
-        print(json.dumps(release, ensure_ascii=False))
+        print(json.dumps(release.manifest, ensure_ascii=False))
     else:
-        print(f"built {release['name']!r} in {args.out}; serve it with: millibert serve --repository {args.out}")
+        print(
+            f"built {release.manifest['name']!r} in {args.out}; serve it with: millibert serve --repository {args.out}"
+        )
+        print(f"report: {release.report}")
     return 0
 
 

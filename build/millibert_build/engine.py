@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,15 @@ from millibert_ensemble.models.bert.threads import cpu_limit
 
 Floats = npt.NDArray[np.float32]
 ROUNDS = 3
+Key = TypeVar("Key")
 QUANTIZED = ("int8", "int8_dynamic")
+
+
+class Artefact(NamedTuple):
+    """A graph, and the precision to run it in."""
+
+    onnx: Path
+    precision: str
 
 
 def open_engine(kind: str, path: Path, precision: str) -> Engine:
@@ -34,17 +43,17 @@ def run_packed(engine: Engine, ids: Sequence[Sequence[int]], max_texts: int) -> 
 
 
 def texts_per_second(
-    kind: str, artefacts: Mapping[str, Path], ids: Sequence[Sequence[int]], max_texts: int
-) -> dict[str, float]:
-    """Speed of each precision's ONNX file on the same texts: median of rounds, taken in turn after a warm-up."""
-    engines = {precision: open_engine(kind, path, precision) for precision, path in artefacts.items()}
-    seconds: dict[str, list[float]] = {precision: [] for precision in engines}
+    kind: str, artefacts: Mapping[Key, Artefact], ids: Sequence[Sequence[int]], max_texts: int
+) -> dict[Key, float]:
+    """Speed of each artefact on the same texts: median of rounds, taken in turn after a warm-up."""
+    engines = {key: open_engine(kind, artefact.onnx, artefact.precision) for key, artefact in artefacts.items()}
+    seconds: dict[Key, list[float]] = {key: [] for key in engines}
     for _ in range(1 + ROUNDS):
-        for precision, engine in engines.items():
+        for key, engine in engines.items():
             start = time.perf_counter()
             run_packed(engine, ids, max_texts)
-            seconds[precision].append(time.perf_counter() - start)
-    return {precision: len(ids) / statistics.median(times[1:]) for precision, times in seconds.items()}
+            seconds[key].append(time.perf_counter() - start)
+    return {key: len(ids) / statistics.median(times[1:]) for key, times in seconds.items()}
 
 
 def available_precisions(kind: str, path: Path) -> list[str]:

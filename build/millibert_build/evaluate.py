@@ -109,15 +109,15 @@ def check_gates(found: Comparison, gates: Gates, precision: str, split: str = "t
         raise GateError(_refusal(f"{precision} misses gates on {found.texts} {split} texts", missed))
 
 
-def check_pruning_gates(found: Comparison, gates: Gates, split: str = "test") -> None:
-    """The same for a pruned checkpoint against the one before pruning."""
+def check_pruning_gates(found: Comparison, gates: Gates, removed: str, split: str = "test") -> None:
+    """The same for a pruned checkpoint against the one before pruning; `removed` says what was."""
     missed = []
     if found.loss > gates.max_pruning_loss:
         missed.append(f"{found.score_name} loss {found.loss:.4f} > max_pruning_loss {gates.max_pruning_loss}")
     if found.agreement < gates.min_pruning_agreement:
         missed.append(f"agreement {found.agreement:.4f} < min_pruning_agreement {gates.min_pruning_agreement}")
     if missed:
-        raise GateError(_refusal(f"pruning misses gates on {found.texts} {split} texts", missed))
+        raise GateError(_refusal(f"{removed} misses gates on {found.texts} {split} texts", missed))
 
 
 def _refusal(what: str, missed: list[str]) -> str:

@@ -1,7 +1,8 @@
 """The build, top to bottom: labelled text to a published model repository.
 
 Each stage reads what the one before it wrote. What takes minutes, the stages that train, is kept in the work folder
-(see `stages`), so that a build that was interrupted or failed a later stage does not train again.
+(see `stages`), so that a build that was interrupted or failed a later stage does not train again. Every build that
+gets as far as an engine leaves a report, published or refused.
 """
 
 from __future__ import annotations
@@ -13,25 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from millibert._errors import UsageError
 from millibert_build import release
-from millibert_build.calibrate import Calibration, auroc, calibrate, save_calibration
-from millibert_build.dataset import Example, Splits, load_splits
-from millibert_build.engine import Floats
-from millibert_build.evaluate import Comparison, check_pruning_gates, compare
-from millibert_build.export import export_packed
-from millibert_build.hub import Base, resolve_base
+from millibert_build.build_report import report_of
+from millibert_build.dataset import Splits, load_splits
+from millibert_build.evaluate import Comparison, GateError
+from millibert_build.findings import Findings, Source
+from millibert_build.hub import resolve_base
 from millibert_build.kept_data import save_data
 from millibert_build.progress import Progress
 from millibert_build.publish import RELEASE_FILE, check_replaceable, replacing
+from millibert_build.report import Verdict, write_report
 from millibert_build.repository import Artefacts, hash_files, write_models
-from millibert_build.scenario import Engine, Precision, Scenario
+from millibert_build.scenario import Engine, Precision, Pruning, Scenario
 from millibert_build.stages import Trained, fine_tuned, pruned
-from millibert_build.tokens import token_ids
-from millibert_build.variants import Measured, Variant, Workshop, first_passing, make_variants, measured, passing
-from millibert_ensemble.models.postprocess.ranking import softmax
+from millibert_build.variants import Variant, first_passing, judge_on_test, make_variants, passing
+from millibert_build.workshop import Workshop, open_workshop
+
+Judge = Callable[[Trained, Comparison], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -43,145 +43,138 @@ class Place:
     out: Path
     work: Path
     tensorboard: Path | None = None
+    report: Path | None = None
+    """The folder of report.html and report.json; None: the work folder."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a release is made from, and what its manifest says of that."""
+class Plan:
+    """Which checkpoints may be served: the fine-tuned one, and pruned ones, each kept in a work folder of its own."""
 
-    scenario: Scenario
-    splits: Splits
-    base: Base
-    lineage: Sequence[Mapping[str, Any]] = ()
-    remembered: Scenario | None = None
-    """The scenario that a later build continues with, where it is not this one."""
+    unpruned: bool
+    pruned: Mapping[Path, Pruning]
+
+    @property
+    def stages(self) -> int:
+        """How many stages a build with this plan announces."""
+        return 6 + len(self.pruned)
 
 
-def build(scenario: Scenario, place: Place) -> dict[str, Any]:
-    """Build `place.out`, a Triton model repository, and return its release manifest.
+@dataclass(frozen=True)
+class Release:
+    """What was published, and what led to it."""
+
+    manifest: dict[str, Any]
+    findings: Findings
+    report: Path
+
+
+def build(scenario: Scenario, place: Place) -> Release:
+    """Build `place.out`, a Triton model repository.
 
     Raises `UsageError` for wrong input and `GateError` for a missed gate; `place.out` is then as it was.
     """
+    return build_best(scenario, place, plan_of(scenario, place.work))
+
+
+def plan_of(scenario: Scenario, work: Path) -> Plan:
+    """The one checkpoint that a scenario asks for."""
+    wanted = scenario.pruning
+    return Plan(not wanted.active, {work: wanted} if wanted.active else {})
+
+
+def build_best(scenario: Scenario, place: Place, plan: Plan) -> Release:
+    """Build the fastest of what `plan` allows that passes its gates."""
     check_replaceable(place.out)
-    progress = Progress(total=6 + scenario.pruning.active)
+    progress = Progress(plan.stages)
     with locked(place.work):
         with progress.stage("data"):
             splits = load_splits(scenario.data, scenario.labels, scenario.training.seed, scenario.problem)
             source = Source(scenario, splits, resolve_base(scenario.base))
             progress.note(_describe(splits))
-        return make_release(source, place, progress)
+        return make_release(source, place, plan, progress)
 
 
-def make_release(
-    source: Source,
-    place: Place,
-    progress: Progress,
-    judge: Callable[[Trained, Comparison], Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
+def make_release(source: Source, place: Place, plan: Plan, progress: Progress, judge: Judge | None = None) -> Release:
     """Everything behind the data. `judge` may refuse what is about to be published, by raising `GateError`."""
-    scenario, splits = source.scenario, source.splits
-    _check_top_k(scenario, splits)
-    for warning in splits.warnings:
+    _check_top_k(source.scenario, source.splits)
+    for warning in source.splits.warnings:
         progress.warn(warning)
-    with progress.stage("train"), _training_log(place.tensorboard) as log:
-        trained = fine_tuned(scenario, source.base, splits, place.work, log)
-        progress.note(_describe_training(trained))
-    smaller = _pruned(source, trained, place, progress) if scenario.pruning.active else None
-    before, trained = trained, smaller or trained
+    findings = Findings(source, place.engine, release.now())
+    report = place.report or place.work
+    try:
+        _train(findings, place, plan, progress)
+        _make_engines(findings, plan, place.precision, progress)
+        _evaluate(findings, judge, progress)
+    except GateError as error:
+        page, _ = write_report(report_of(findings, Verdict(False, (str(error),))), report)
+        raise GateError(f"{error} All that was measured is in {page}") from None
+    with progress.stage("publish"):
+        manifest = _publish(findings, place)
+        page, _ = write_report(report_of(findings, Verdict(True)), report)
+        progress.note(f"{place.out}, report in {page}")
+    return Release(manifest, findings, page)
+
+
+def _train(findings: Findings, place: Place, plan: Plan, progress: Progress) -> None:
+    """Fine-tune, and prune in every way of the plan."""
+    scenario, splits = findings.source.scenario, findings.splits
+    with _training_log(place.tensorboard) as log:
+        with progress.stage("train"):
+            trained = fine_tuned(scenario, findings.source.base, splits, place.work, log)
+            progress.note(_describe_training(trained))
+            before = open_workshop(scenario, place.engine, trained, splits)
+            findings.shops.append(before)
+        for work, pruning in plan.pruned.items():
+            with progress.stage("prune"):
+                pruning_scenario = scenario.model_copy(update={"pruning": pruning})
+                trained = pruned(pruning_scenario, before.trained, splits, work, log)
+                shop = open_workshop(pruning_scenario, place.engine, trained, splits, before)
+                progress.note(_describe_pruning(shop, before))
+                findings.shops.append(shop)
+
+
+def _make_engines(findings: Findings, plan: Plan, precision: Precision, progress: Progress) -> None:
+    """Export every checkpoint, make its variants, and judge them on validation."""
     with progress.stage("export"):
-        fp32 = place.work / "fp32.onnx"
-        export_packed(trained.model, scenario.max_tokens, fp32)
-        progress.note(f"packed ONNX, {fp32.stat().st_size / 1e6:.1f} MB")
+        for shop in findings.shops:
+            shop.export()
+        progress.note(", ".join(f"packed ONNX, {shop.fp32.stat().st_size / 1e6:.1f} MB" for shop in findings.shops))
     with progress.stage("engine"):
-        validation = measured(splits.validation, trained, splits.labels)
-        recall = scenario.abstention.in_scope_recall
-        calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
-        save_calibration(trained.folder, calibration)
-        shop = Workshop(scenario, place.engine, trained, validation, calibration, place.work)
-        variants = make_variants(shop, fp32, place.precision, splits)
-        choices = passing(variants)
-        progress.note(_describe_engine(place.engine, choices[0], variants))
+        contenders = findings.shops if plan.unpruned else findings.shops[1:]
+        findings.variants = make_variants(findings.shops, contenders, precision, findings.splits)
+        findings.favourite = passing(findings.variants)[0]
+        progress.note(_describe_engine(findings.engine, findings.favourite, findings.variants))
+
+
+def _evaluate(findings: Findings, judge: Judge | None, progress: Progress) -> None:
+    """The test texts, touched for the first time, have the last word."""
     with progress.stage("evaluate"):
-        test = measured(splits.test, trained, splits.labels)
-        stages: dict[str, Any] = {}
-        logits = {each.precision: shop.logits(each.precision, each.onnx, test.ids) for each in variants}
-        found = {precision: shop.compare(each, test) for precision, each in logits.items()}
-        if smaller is not None:
-            against = _against(before, test, scenario, calibration, splits.test, splits.labels)
-            check_pruning_gates(against, scenario.gates)
-            stages["pruning"] = against._asdict()
-        chosen = first_passing(choices, found, scenario.gates)
-        comparison = found[chosen.precision]
-        if chosen is not choices[0]:
-            progress.warn(f"{choices[0].precision} passed on validation and not on test; {chosen.precision} is served")
-        abstention = _abstention(shop, chosen, logits[chosen.precision], splits)
-        progress.note(_describe_comparison(comparison, abstention))
-        judged = judge(trained, comparison) if judge is not None else {}
-    with progress.stage("publish"), replacing(place.out) as staging:
+        findings.test, findings.tested = judge_on_test(findings.variants, findings.splits)
+        chosen = first_passing(passing(findings.variants), findings.tested)
+        if chosen is not findings.favourite and findings.favourite is not None:
+            progress.warn(f"{findings.favourite.name} passed on validation and not on test; {chosen.name} is served")
+        findings.chosen = chosen
+        findings.look_outside(chosen)
+        comparison = findings.tested[chosen].comparison
+        progress.note(_describe_comparison(comparison, findings.abstention()))
+        if judge is not None:
+            findings.judged = judge(chosen.shop.trained, comparison)
+
+
+def _publish(findings: Findings, place: Place) -> dict[str, Any]:
+    chosen = findings.chosen
+    assert chosen is not None
+    shop, splits = chosen.shop, findings.splits
+    with replacing(place.out) as staging:
         artefacts = Artefacts(
-            trained.tokenizer, chosen.onnx, splits.labels, place.engine, chosen.precision, calibration
+            shop.trained.tokenizer, chosen.onnx, splits.labels, place.engine, chosen.precision, shop.calibration
         )
-        write_models(staging, scenario, artefacts)
-        manifest = release.describe(scenario, source.base, splits, trained.curve)
-        manifest["scenario"] = release.portable(source.remembered or scenario)
-        manifest["checkpoint"] = {"fingerprint": before.record["fingerprint"]}
-        manifest["removed"] = trained.record.get("removed")
-        manifest["lineage"] = list(source.lineage)
-        manifest["engine"] = release.describe_engine(place.engine, chosen, variants)
-        manifest["thresholds"] = dict(zip(splits.labels, calibration.thresholds, strict=True))
-        manifest["metrics"] = {"test": comparison._asdict(), "abstention": abstention, **stages, **judged}
-        manifest["metrics"]["variants"] = {name: each._asdict() for name, each in found.items()}
-        manifest["files"] = hash_files(staging)
+        write_models(staging, shop.scenario, artefacts)
+        manifest = {**release.manifest_of(findings, chosen), "files": hash_files(staging)}
         (staging / RELEASE_FILE).write_text(release.as_json(manifest), encoding="utf-8")
         save_data(splits, place.work)
-        progress.note(str(place.out))
     return manifest
-
-
-def _pruned(source: Source, before: Trained, place: Place, progress: Progress) -> Trained:
-    """Prune and recover; refused on validation texts already where too much was lost."""
-    scenario, splits = source.scenario, source.splits
-    with progress.stage("prune"), _training_log(place.tensorboard) as log:
-        trained = pruned(scenario, before, splits, place.work, log)
-        validation = measured(splits.validation, trained, splits.labels)
-        recall = scenario.abstention.in_scope_recall
-        calibration = calibrate(scenario.problem, validation.reference, validation.targets, recall)
-        found = _against(before, validation, scenario, calibration, splits.validation, splits.labels)
-        sizes = [sum(p.numel() for p in each.model.parameters()) / 1e6 for each in (before, trained)]
-        progress.note(
-            f"{sizes[0]:.1f} to {sizes[1]:.1f} million parameters, validation {found.score_name} "
-            f"{found.engine_score:.4f}, before {found.checkpoint_score:.4f}, agreement {found.agreement:.4f}"
-        )
-        check_pruning_gates(found, scenario.gates, "validation")
-    return trained
-
-
-def _against(
-    before: Trained,
-    after: Measured,
-    scenario: Scenario,
-    calibration: Calibration,
-    examples: Sequence[Example],
-    labels: Sequence[str],
-) -> Comparison:
-    """A later checkpoint's logits against those of an earlier one on the same texts."""
-    reference = measured(examples, before, labels).reference
-    return compare(scenario.problem, reference, after.reference, after.targets, calibration)
-
-
-def _abstention(shop: Workshop, chosen: Variant, inside: Floats, splits: Splits) -> dict[str, float] | None:
-    """How well the best label's score parts the test texts from those that no label fits; None without such texts."""
-    if not splits.out_of_scope or shop.scenario.problem != "single_label":
-        return None
-    outside = shop.logits(chosen.precision, chosen.onnx, token_ids(shop.trained.tokenizer, splits.out_of_scope))
-    temperature, threshold = np.float32(shop.calibration.temperature), shop.calibration.thresholds[0]
-    inside_best, outside_best = (softmax(logits / temperature).max(axis=1) for logits in (inside, outside))
-    return {
-        "threshold": threshold,
-        "in_scope_recall": float((inside_best >= threshold).mean()),
-        "out_of_scope_refused": float((outside_best < threshold).mean()),
-        "auroc": auroc(inside_best, outside_best),
-    }
 
 
 def _check_top_k(scenario: Scenario, splits: Splits) -> None:
@@ -202,6 +195,15 @@ def _describe_training(trained: Trained) -> str:
     return f"validation score {best.validation_score:.4f} after epoch {best.number}{stopped}"
 
 
+def _describe_pruning(shop: Workshop, before: Workshop) -> str:
+    sizes = [sum(p.numel() for p in each.trained.model.parameters()) / 1e6 for each in (before, shop)]
+    found = shop.pruning_loss(shop.validation, before.validation)
+    return (
+        f"{shop.removed}: {sizes[0]:.1f} to {sizes[1]:.1f} million parameters, validation {found.score_name} "
+        f"{found.engine_score:.4f}, before {found.checkpoint_score:.4f}, agreement {found.agreement:.4f}"
+    )
+
+
 def _describe_comparison(comparison: Comparison, abstention: dict[str, float] | None) -> str:
     kept_out = (
         ""
@@ -220,9 +222,9 @@ def _describe_comparison(comparison: Comparison, abstention: dict[str, float] | 
 
 def _describe_engine(engine: str, chosen: Variant, variants: Sequence[Variant]) -> str:
     speeds = ", ".join(
-        f"{v.precision} {v.texts_per_second:,.0f} texts/s{'' if v.refusal is None else ' (refused)'}" for v in variants
+        f"{v.name} {v.texts_per_second:,.0f} texts/s{'' if v.refusal is None else ' (refused)'}" for v in variants
     )
-    return f"{engine} {chosen.precision} ({speeds} on validation texts, in process)"
+    return f"{engine} {chosen.name} ({speeds} on validation texts, in process)"
 
 
 @contextmanager

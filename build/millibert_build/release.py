@@ -14,22 +14,47 @@ from typing import TYPE_CHECKING, Any
 from millibert_build.dataset import Splits
 from millibert_build.hub import Base, file_sha256
 from millibert_build.scenario import Scenario
-from millibert_build.train import Epoch
 
 if TYPE_CHECKING:
-    from millibert_build.variants import Variant  # which imports this file through the stages
+    # They import this file through the stages.
+    from millibert_build.findings import Findings
+    from millibert_build.variants import Variant
+    from millibert_build.workshop import Workshop
 
 FORMAT = 1
 _PACKAGES = ("millibert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "numpy")
 
 
-def describe(scenario: Scenario, base: Base, splits: Splits, curve: Sequence[Epoch]) -> dict[str, Any]:
-    """All that is known before an engine is chosen."""
+def manifest_of(findings: Findings, chosen: Variant) -> dict[str, Any]:
+    """The manifest of a release, but for the hashes of its files."""
+    source, shop = findings.source, chosen.shop
+    fine_tuned = findings.shops[0].trained
+    return {
+        **describe(source.scenario, source.base, source.splits, findings.created),
+        "training": {**source.scenario.training.model_dump(), "curve": [asdict(epoch) for epoch in shop.trained.curve]},
+        "scenario": portable(source.remembered or shop.scenario),
+        "checkpoint": {"fingerprint": fine_tuned.record["fingerprint"]},
+        "removed": shop.trained.record.get("removed"),
+        "lineage": list(source.lineage),
+        "engine": describe_engine(findings.engine, chosen, findings.variants),
+        "thresholds": dict(zip(source.splits.labels, shop.calibration.thresholds, strict=True)),
+        "metrics": {
+            "test": findings.tested[chosen].comparison._asdict(),
+            "abstention": findings.abstention(),
+            "pruning": None if shop.before is None else _pruning_loss(findings, shop),
+            "variants": {variant.name: found.comparison._asdict() for variant, found in findings.tested.items()},
+            **findings.judged,
+        },
+    }
+
+
+def describe(scenario: Scenario, base: Base, splits: Splits, created: str) -> dict[str, Any]:
+    """What a release is made from and with."""
     texts = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
     return {
         "format": FORMAT,
         "name": scenario.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": created,
         "problem": scenario.problem,
         "labels": list(splits.labels),
         "max_tokens": scenario.max_tokens,
@@ -37,7 +62,6 @@ def describe(scenario: Scenario, base: Base, splits: Splits, curve: Sequence[Epo
         "top_k": scenario.top_k,
         "data": {"sha256": splits.sha256(), "texts": texts},
         "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
-        "training": {**scenario.training.model_dump(), "curve": [asdict(epoch) for epoch in curve]},
         "machine": {"architecture": platform.machine(), "cpu": cpu_name()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
@@ -52,17 +76,29 @@ def describe_engine(kind: str, chosen: Variant, variants: Sequence[Variant]) -> 
         "onnx_sha256": file_sha256(chosen.onnx),
         "measured": [
             {
+                "removed": variant.shop.removed,
                 "precision": variant.precision,
                 "texts_per_second": variant.texts_per_second,
                 "agreement": variant.validation.agreement,
                 "score": variant.validation.engine_score,
                 "bytes": variant.onnx.stat().st_size,
+                "contends": variant.contends,
                 "refused": variant.refusal,
                 "note": variant.note,
             }
             for variant in variants
         ],
     }
+
+
+def now() -> str:
+    """The time, as manifests write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _pruning_loss(findings: Findings, shop: Workshop) -> dict[str, Any]:
+    assert shop.before is not None
+    return shop.pruning_loss(findings.test[shop], findings.test[shop.before])._asdict()
 
 
 def portable(scenario: Scenario) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from millibert_build.batches import encode, predict_logits
 from millibert_build.checkpoint import load_model, load_record
 from millibert_build.dataset import Example, Splits, load_examples, stratified
 from millibert_build.evaluate import Comparison, GateError
+from millibert_build.findings import Source
 from millibert_build.hub import Base, file_sha256
 from millibert_build.kept_data import load_data
 from millibert_build.objective import validation_score
 from millibert_build.optimisation import learning_rate
-from millibert_build.pipeline import Place, Source, locked, make_release
+from millibert_build.pipeline import Place, Release, locked, make_release, plan_of
 from millibert_build.progress import Progress
 from millibert_build.publish import RELEASE_FILE, check_replaceable
 from millibert_build.scenario import Scenario, make_scenario
@@ -37,14 +38,15 @@ _EPOCHS_SHARE = 1 / 3
 _RATE_SHARE = 0.5
 
 
-def retune(folder: Path, add: str, place: Place) -> dict[str, Any]:
-    """Build `place.out` from the release in `folder` and more examples; returns its manifest.
+def retune(folder: Path, add: str, place: Place) -> Release:
+    """Build `place.out` from the release in `folder` and more examples.
 
     Raises `UsageError` for wrong input and `GateError` where the result is worse than the release; `place.out` and
     the work folder are then as they were.
     """
     check_replaceable(place.out)
-    progress = Progress(total=6 + open_release(folder, place.work).scenario.pruning.active)
+    plan = plan_of(open_release(folder, place.work).scenario, place.work / NEXT)
+    progress = Progress(plan.stages)
     with locked(place.work):
         with progress.stage("data"):
             origin = _open_settled(folder, place.work)
@@ -54,11 +56,11 @@ def retune(folder: Path, add: str, place: Place) -> dict[str, Any]:
             progress.note(f"{len(splits.train)} train texts ({added:+d}), {len(held)} new texts held back")
         judge = _Judge(origin, held)
         lineage = [*origin.manifest["lineage"], _ancestor(origin, len(held), add)]
-        next_place = replace(place, work=place.work / NEXT)
+        next_place = replace(place, work=place.work / NEXT, report=place.report or place.work)
         source = Source(scenario, splits, base, lineage, remembered=origin.scenario)
-        manifest = make_release(source, next_place, progress, judge)
+        released = make_release(source, next_place, plan, progress, judge)
         promote(place.work)
-    return manifest
+    return released
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,15 @@ class Pruning(_Strict):
         """Whether anything is removed at all."""
         return bool(self.heads or self.neurons or self.layers or self.sparsity != "none")
 
+    def __str__(self) -> str:
+        parts = [
+            f"-{self.heads:.0%} heads" if self.heads else "",
+            f"-{self.neurons:.0%} neurons" if self.neurons else "",
+            f"-{self.layers} layer{'s' if self.layers > 1 else ''}" if self.layers else "",
+            self.sparsity if self.sparsity != "none" else "",
+        ]
+        return " ".join(filter(None, parts)) or "nothing removed"
+
 
 class Quantization(_Strict):
     """Static int8; see `millibert_build.quantize`."""
