@@ -10,7 +10,7 @@ import pytest
 from millibert_build.calibrate import Calibration
 from millibert_build.evaluate import Comparison, GateError, compare
 from millibert_build.scenario import make_scenario
-from millibert_build.variants import Tested, Variant, first_passing, passing
+from millibert_build.variants import Judgement, Variant, first_passing, passing
 from millibert_build.workshop import Measured, Workshop
 
 SCENARIO = make_scenario(
@@ -34,9 +34,9 @@ def variant(precision: str, speed: float, agreement: int, contends: bool = True)
     return Variant(SHOP, precision, Path("x.onnx"), speed, NOTHING.reference, found, refusal, "", contends)
 
 
-def tested(**agreements: int) -> dict[str, Tested]:
+def judgements(**agreements: int) -> dict[str, Judgement]:
     found = {precision: agreeing(texts) for precision, texts in agreements.items()}
-    return {name: Tested(NOTHING.reference, each, SHOP.refusal(name, each, "test")) for name, each in found.items()}
+    return {name: Judgement(NOTHING.reference, each, SHOP.refusal(name, each, "test")) for name, each in found.items()}
 
 
 def precisions(*variants: Variant) -> list[str]:
@@ -56,7 +56,7 @@ def test_what_the_test_texts_refuse_is_passed_over():
     choices = passing([variant("fp32", 1, 1000), variant("int8", 3, 1000)])
 
     def taken(count: int, **agreements: int) -> str:
-        found = tested(**agreements)
+        found = judgements(**agreements)
         return first_passing(choices[:count], {each: found[each.precision] for each in choices[:count]}).precision
 
     assert taken(2, int8=990, fp32=1000) == "int8"

@@ -142,10 +142,15 @@ def _set(changes: dict[str, Any], setting: str) -> None:
     *sections, key = path.strip().split(".")
     for section in sections:
         changes = changes.setdefault(section, {})
+    changes[key] = toml_value(text)
+
+
+def toml_value(text: str) -> Any:
+    """A TOML value as one writes it on a command line; what is none is a string."""
     try:
-        changes[key] = tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        changes[key] = text
+        return text
 
 
 def _merged(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def report_of(findings: Findings, verdict: r.Verdict) -> r.Report:
         environment=_environment(findings),
         phases=tuple(_phase(shop) for shop in findings.shops),
         stages=tuple(_stage(findings, variant) for variant in findings.variants),
-        candidates=_candidates(findings),
+        candidates=candidates_of(findings) if _several(findings) else (),
         lineage=tuple(_lineage(findings)),
         **_on_test(findings),
     )
@@ -103,11 +103,8 @@ def _refusal(findings: Findings, variant: Variant) -> str | None:
     return variant.refusal or (tested.refusal if tested is not None else None)
 
 
-def _candidates(findings: Findings) -> tuple[r.Candidate, ...]:
-    """Where several checkpoints were tried, all that could have been chosen."""
-    contenders = [variant for variant in findings.variants if variant.contends]
-    if len({variant.shop for variant in contenders}) < 2:
-        return ()
+def candidates_of(findings: Findings) -> tuple[r.Candidate, ...]:
+    """All that could have been chosen, as measured on validation texts."""
     return tuple(
         r.Candidate(
             each.name,
@@ -116,8 +113,13 @@ def _candidates(findings: Findings) -> tuple[r.Candidate, ...]:
             _refusal(findings, each) is None,
             each is findings.chosen,
         )
-        for each in contenders
+        for each in findings.variants
+        if each.contends
     )
+
+
+def _several(findings: Findings) -> bool:
+    return len({variant.shop for variant in findings.variants if variant.contends}) > 1
 
 
 def _lineage(findings: Findings) -> Iterator[r.Release]:

@@ -106,7 +106,7 @@ def check_gates(found: Comparison, gates: Gates, precision: str, split: str = "t
     if found.agreement < wanted:
         missed.append(f"agreement {found.agreement:.4f} < {wanted}")
     if missed:
-        raise GateError(_refusal(f"{precision} misses gates on {found.texts} {split} texts", missed))
+        raise GateError(f"{precision} misses gates on {found.texts} {split} texts: {', '.join(missed)}")
 
 
 def check_pruning_gates(found: Comparison, gates: Gates, removed: str, split: str = "test") -> None:
@@ -117,11 +117,4 @@ def check_pruning_gates(found: Comparison, gates: Gates, removed: str, split: st
     if found.agreement < gates.min_pruning_agreement:
         missed.append(f"agreement {found.agreement:.4f} < min_pruning_agreement {gates.min_pruning_agreement}")
     if missed:
-        raise GateError(_refusal(f"{removed} misses gates on {found.texts} {split} texts", missed))
-
-
-def _refusal(what: str, missed: list[str]) -> str:
-    return (
-        f"{what}: {'; '.join(missed)}. Nothing was published; the previous repository, if any, is untouched. "
-        "Train longer, remove less, use --precision fp32, or change [gates]."
-    )
+        raise GateError(f"{removed} misses gates on {found.texts} {split} texts: {', '.join(missed)}")

@@ -15,7 +15,7 @@ from millibert_build.evaluate import predicted
 from millibert_build.hub import Base
 from millibert_build.scenario import Engine, Problem, Scenario
 from millibert_build.tokens import token_ids
-from millibert_build.variants import Tested, Variant
+from millibert_build.variants import Judgement, Variant
 from millibert_build.workshop import Measured, Workshop
 from millibert_ensemble.models.postprocess.ranking import ACTIVATIONS
 
@@ -44,7 +44,7 @@ class Findings:
     variants: list[Variant] = field(default_factory=list)
     """The fine-tuned checkpoint in fp32, then all others."""
     test: dict[Workshop, Measured] = field(default_factory=dict)
-    tested: dict[Variant, Tested] = field(default_factory=dict)
+    tested: dict[Variant, Judgement] = field(default_factory=dict)
     favourite: Variant | None = None
     """The fastest that passes on validation, until `chosen` is known."""
     chosen: Variant | None = None

@@ -31,6 +31,10 @@ from millibert_build.stages import Trained, fine_tuned, pruned
 from millibert_build.variants import Variant, first_passing, judge_on_test, make_variants, passing
 from millibert_build.workshop import Workshop, open_workshop
 
+_AFTER_REFUSAL = (
+    "Nothing was published; the previous repository, if any, is untouched. Train longer, remove less, use --precision "
+    "fp32, or change [gates]."
+)
 Judge = Callable[[Trained, Comparison], Mapping[str, Any]]
 
 
@@ -108,7 +112,7 @@ def make_release(source: Source, place: Place, plan: Plan, progress: Progress, j
         _evaluate(findings, judge, progress)
     except GateError as error:
         page, _ = write_report(report_of(findings, Verdict(False, (str(error),))), report)
-        raise GateError(f"{error} All that was measured is in {page}") from None
+        raise GateError(f"{error}. {_AFTER_REFUSAL} Report: {page}") from None
     with progress.stage("publish"):
         manifest = _publish(findings, place)
         page, _ = write_report(report_of(findings, Verdict(True)), report)
@@ -198,9 +202,11 @@ def _describe_training(trained: Trained) -> str:
 def _describe_pruning(shop: Workshop, before: Workshop) -> str:
     sizes = [sum(p.numel() for p in each.trained.model.parameters()) / 1e6 for each in (before, shop)]
     found = shop.pruning_loss(shop.validation, before.validation)
+    unchanged = "unchanged: " if shop.trained.reused else ""
     return (
-        f"{shop.removed}: {sizes[0]:.1f} to {sizes[1]:.1f} million parameters, validation {found.score_name} "
-        f"{found.engine_score:.4f}, before {found.checkpoint_score:.4f}, agreement {found.agreement:.4f}"
+        f"{unchanged}{shop.removed}: {sizes[0]:.1f} to {sizes[1]:.1f} million parameters, validation "
+        f"{found.score_name} {found.engine_score:.4f}, before {found.checkpoint_score:.4f}, "
+        f"agreement {found.agreement:.4f}"
     )
 
 
@@ -221,7 +227,7 @@ def _describe_comparison(comparison: Comparison, abstention: dict[str, float] | 
 
 
 def _describe_engine(engine: str, chosen: Variant, variants: Sequence[Variant]) -> str:
-    speeds = ", ".join(
+    speeds = "; ".join(
         f"{v.name} {v.texts_per_second:,.0f} texts/s{'' if v.refusal is None else ' (refused)'}" for v in variants
     )
     return f"{engine} {chosen.name} ({speeds} on validation texts, in process)"

@@ -179,7 +179,7 @@ class _Judge:
         if new_held < old_held:
             worse.append(f"on {len(self._held)} new texts held back {new_held:.4f}, the release {old_held:.4f}")
         if worse:
-            raise GateError(f"worse than the release: {'; '.join(worse)}. Nothing was published.")
+            raise GateError(f"worse than the release: {'; '.join(worse)}")
         figures = {"release_on_test": old_test, "release_on_new": old_held, "on_test": new_test, "on_new": new_held}
         return {"retuned": {**figures, "new_texts": len(self._held)}}
 

@@ -6,8 +6,9 @@ Paths in a scenario are relative to its file. Unknown keys are errors.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -25,6 +26,9 @@ Sources = str | tuple[str, ...]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Section = TypeVar("Section", bound=_Strict)
 
 
 class Data(_Strict):
@@ -208,10 +212,15 @@ def load_scenario(path: Path) -> Scenario:
     return _resolve_paths(make_scenario(document, str(path)), path.parent)
 
 
-def make_scenario(document: dict[str, object], origin: str) -> Scenario:
+def make_scenario(document: Mapping[str, object], origin: str) -> Scenario:
     """Check a scenario given as nested dictionaries; `origin` names it in errors."""
+    return checked(Scenario, document, origin)
+
+
+def checked(kind: type[Section], document: Mapping[str, object], origin: str) -> Section:
+    """The same for any section of one."""
     try:
-        return Scenario.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UsageError(f"{origin}: {problems}") from error

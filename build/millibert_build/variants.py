@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Judgement:
     """A variant on the test texts, against its own checkpoint in fp32; `refusal` names the gates it misses."""
 
     logits: Floats
@@ -80,37 +80,41 @@ def passing(variants: Sequence[Variant]) -> list[Variant]:
     contenders = [variant for variant in variants if variant.contends]
     passed = [variant for variant in contenders if variant.refusal is None]
     if not passed:
-        raise GateError(" ".join(dict.fromkeys(variant.refusal or "" for variant in contenders)))
+        raise GateError(_all_of(variant.refusal for variant in contenders))
     return sorted(passed, key=lambda variant: -variant.texts_per_second)
 
 
-def first_passing(choices: Sequence[Variant], tested: Mapping[Variant, Tested]) -> Variant:
-    """The first that passes its gates on the test texts too; raises the `GateError` of the first where none does.
+def first_passing(choices: Sequence[Variant], tested: Mapping[Variant, Judgement]) -> Variant:
+    """The first that passes its gates on the test texts too; raises `GateError` where none does.
 
     Nothing is tuned on the test texts: they can only refuse what validation texts, often few, let through.
     """
     for variant in choices:
         if tested[variant].refusal is None:
             return variant
-    raise GateError(tested[choices[0]].refusal or "")
+    raise GateError(_all_of(tested[variant].refusal for variant in choices))
+
+
+def _all_of(refusals: Iterable[str | None]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, refusals)))
 
 
 def judge_on_test(
     variants: Sequence[Variant], splits: Splits
-) -> tuple[dict[Workshop, Measured], dict[Variant, Tested]]:
+) -> tuple[dict[Workshop, Measured], dict[Variant, Judgement]]:
     """Every checkpoint and every variant on the test texts."""
     shops = list(dict.fromkeys(variant.shop for variant in variants))
     measures = {shop: measured(splits.test, shop.trained, splits.labels) for shop in shops}
     return measures, {variant: _tested(variant, measures) for variant in variants}
 
 
-def _tested(variant: Variant, measures: Mapping[Workshop, Measured]) -> Tested:
+def _tested(variant: Variant, measures: Mapping[Workshop, Measured]) -> Judgement:
     shop, split = variant.shop, measures[variant.shop]
     logits = shop.logits(variant.precision, variant.onnx, split.ids)
     found = shop.compare(logits, split)
     lost = shop.pruning_refusal(split, measures[shop.before], "test") if shop.before is not None else None
     refusal = lost or shop.refusal(variant.precision, found, "test")
-    return Tested(logits, found, refusal)
+    return Judgement(logits, found, refusal)
 
 
 def _wanted(shop: Workshop, precision: Precision) -> list[str]:

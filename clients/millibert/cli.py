@@ -27,6 +27,7 @@ class Command(NamedTuple):
 # In the order of the flow.
 COMMANDS = {
     "build": Command("millibert_build.build_command", "labelled text to a Triton model repository", "build"),
+    "tune": Command("millibert_build.tune_command", "the fastest of several ways to prune and quantise", "build"),
     "bench-engine": Command("millibert_build.bench_engine", "packed against padded, in process", "build"),
     "serve": Command("millibert_ensemble.serve_command", "run Triton on a model repository", "serve"),
     "classify": Command("millibert.classify_command", "labels and scores of texts, from a server", None),

@@ -16,6 +16,7 @@ from millibert_build.report.data import (
     Phase,
     TokenLengths,
 )
+from millibert_build.report.figures import pareto_front
 from millibert_build.report.svg import Plot, chart, nice_step, tag, titled
 
 Range = tuple[float, float]
@@ -65,8 +66,7 @@ def pareto(candidates: Sequence[Candidate], score_name: str) -> Markup:
     plot = Plot.between((0, max(speeds) * 1.08), (low, min(high, 1.0)))
     plot.axis_y(_percent_axis(low, high))
     plot.axis_x(formats.number, "texts per second →")
-    front = sorted((c for c in candidates if c.passed and not _beaten(c, candidates)), key=lambda c: c.texts_per_second)
-    plot.line([(c.texts_per_second, c.score) for c in front], "front")
+    plot.line([(c.texts_per_second, c.score) for c in pareto_front(candidates)], "front")
     for candidate in candidates:
         _candidate(plot, candidate, score_name)
     return plot.drawn(f"{score_name} and speed of {len(candidates)} candidates")
@@ -89,14 +89,6 @@ def _candidate(plot: Plot, candidate: Candidate, score_name: str) -> None:
         plot.text(
             (plot.x(at[0]) + (8 if fits else 0), plot.y(at[1]) - 10), c.name, "start" if fits else "end", "strong"
         )
-
-
-def _beaten(one: Candidate, by: Sequence[Candidate]) -> bool:
-    mine = (one.texts_per_second, one.score)
-    return any(
-        c.passed and (c.texts_per_second, c.score) != mine and c.texts_per_second >= mine[0] and c.score >= mine[1]
-        for c in by
-    )
 
 
 def reliability(calibration: Calibration) -> Markup:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from millibert_build.report.data import (
     Abstention,
     Bin,
+    Candidate,
     Confused,
     Histogram,
     LabelResult,
@@ -185,6 +186,18 @@ def abstention(in_scope: Array, out_of_scope: Array | None, threshold: float, bi
     outside = np.asarray(out_of_scope, dtype=float)
     rejected = float((outside < threshold).mean())
     return Abstention(threshold, recall, rejected, auroc(inside, outside), histogram, score_histogram(outside, bins))
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that passed and that no other one that passed beats in speed and score, the slowest first."""
+    passed = [c for c in candidates if c.passed]
+    return sorted((c for c in passed if not _beaten(c, passed)), key=lambda c: c.texts_per_second)
+
+
+def _beaten(one: Candidate, by: Sequence[Candidate]) -> bool:
+    mine = (one.texts_per_second, one.score)
+    others = [(c.texts_per_second, c.score) for c in by]
+    return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in others)
 
 
 def auroc(higher: Array, lower: Array) -> float:
