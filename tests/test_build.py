@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from millibert import UsageError, cli
 from millibert_build.publish import replacing
+from millibert_build.report import read_report
 from millibert_build.repository import check_config, load_config
 from millibert_build.retune import open_release
 from millibert_ensemble import contract
@@ -50,6 +51,29 @@ def test_the_manifest_says_what_was_built_and_how_good_it_is(release):
     assert test["temperature"] != 1
     assert test["calibration_error"] < test["calibration_error_before"]
     assert [epoch["number"] for epoch in manifest["training"]["curve"]] == [1, 2]
+
+
+def test_the_report_says_what_the_manifest_says(release, tmp_path):
+    options = ["--precision", "int8", "--set", "gates.min_agreement_int8=0.5", "--set", "gates.max_accuracy_loss=1"]
+    done = release.build(tmp_path / "out", None, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    manifest, report = json.loads(done.stdout), read_report(release.work / "report.json")
+    assert report.verdict.published
+    assert report.labels == tuple(manifest["labels"])
+    assert dict(report.data.texts) == manifest["data"]["texts"]
+    fp32, int8 = report.stages
+    assert (fp32.name, int8.name, int8.chosen) == ("fp32", "int8", True)
+    assert fp32.test.score == manifest["metrics"]["variants"]["fp32"]["engine_score"]
+    assert int8.test.score == manifest["metrics"]["test"]["engine_score"]
+    assert int8.test.agreement == manifest["metrics"]["test"]["agreement"]
+    assert int8.size_bytes < 0.7 * fp32.size_bytes  # embeddings stay in fp32
+    assert sum(row[i] for i, row in enumerate(report.confusion)) / 250 == pytest.approx(int8.test.score)
+    assert report.calibration.error_after == manifest["metrics"]["test"]["calibration_error"]
+    (phase,) = report.phases
+    assert [epoch.validation_score for epoch in phase.epochs] == [
+        epoch["validation_score"] for epoch in manifest["training"]["curve"]
+    ]
+    assert report.lineage[-1].id == manifest["checkpoint"]["fingerprint"][:12]
 
 
 def test_configs_follow_the_contract_and_the_scenario(release):
@@ -118,6 +142,10 @@ def test_a_missed_gate_leaves_the_served_repository_as_it_was(release, tmp_path)
     assert "< min_accuracy 1.0" in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(release.repository) == before
+    assert f"Report: {release.work / 'report.html'}" in done.stderr
+    report = read_report(release.work / "report.json")
+    assert not report.verdict.published
+    assert report.verdict.reasons[0] in done.stderr
     assert [p.name for p in release.repository.parent.iterdir() if ".new" in p.name] == []
 
 

@@ -12,7 +12,7 @@ from millibert_build.findings import Findings, probabilities
 from millibert_build.prune import structure_of
 from millibert_build.stages import Trained
 from millibert_build.tokens import load_tokenizer, token_ids
-from millibert_build.variants import Variant
+from millibert_build.variants import Judgement, Variant
 from millibert_build.workshop import Measured, Workshop
 
 
@@ -150,18 +150,17 @@ def _on_test(findings: Findings) -> dict[str, Any]:
         "confusion": r.confusion(targets, predicted, len(labels)) if single else None,
         "confused": r.confused_pairs(labels, targets, predicted, texts),
         "mistakes": r.worst_mistakes(labels, targets, served, texts, thresholds),
-        "calibration": _calibration(shop, logits, served, targets),
+        "calibration": _calibration(shop, findings.tested[variant], targets),
         "abstention": _abstention(findings, variant, served) if single else None,
         "pruned": _pruned(shop),
     }
 
 
-def _calibration(shop: Workshop, logits: Any, served: Any, targets: Any) -> r.Calibration:
-    raw = probabilities(shop, logits * shop.calibration.temperature)
+def _calibration(shop: Workshop, judged: Judgement, targets: Any) -> r.Calibration:
+    temperature, found = shop.calibration.temperature, judged.comparison
+    raw, served = (probabilities(shop, logits) for logits in (judged.logits * temperature, judged.logits))
     before, after = r.calibration_bins(raw, targets), r.calibration_bins(served, targets)
-    return r.Calibration(
-        shop.calibration.temperature, before, after, r.calibration_error(before), r.calibration_error(after)
-    )
+    return r.Calibration(temperature, before, after, found.calibration_error_before, found.calibration_error)
 
 
 def _abstention(findings: Findings, variant: Variant, served: Any) -> r.Abstention:

@@ -26,7 +26,6 @@ from millibert_build.report.data import (
 from millibert_build.report.figures import (
     abstention,
     calibration_bins,
-    calibration_error,
     confused_pairs,
     confusion,
     label_counts,
@@ -64,7 +63,6 @@ __all__ = [
     "Verdict",
     "abstention",
     "calibration_bins",
-    "calibration_error",
     "confused_pairs",
     "confusion",
     "label_counts",

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from millibert_build import evaluate
+from millibert_build.calibrate import auroc
 from millibert_build.report.data import (
     Abstention,
     Bin,
@@ -152,8 +154,7 @@ def score(predicted: Array, targets: Array) -> float:
     predicted, targets = np.asarray(predicted), np.asarray(targets)
     if targets.ndim == 1:
         return float((predicted == targets).mean())
-    total = int(predicted.sum() + targets.sum())
-    return 2 * int((predicted * targets).sum()) / total if total else 1.0
+    return evaluate.score("multi_label", predicted > 0, targets > 0)
 
 
 def calibration_bins(probabilities: Array, targets: Array, bins: int = 15) -> tuple[Bin, ...]:
@@ -168,13 +169,6 @@ def calibration_bins(probabilities: Array, targets: Array, bins: int = 15) -> tu
 def _bin(index: int, bins: int, confidence: Array, hit: Array) -> Bin:
     means = (float(confidence.mean()), float(hit.mean())) if len(hit) else (None, None)
     return Bin(index / bins, (index + 1) / bins, len(hit), *means)
-
-
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """The expected calibration error: mean distance of confidence and accuracy, weighted by the bins' answers."""
-    filled = [(b.count, b.confidence, b.accuracy) for b in bins if b.confidence is not None and b.accuracy is not None]
-    total = sum(count for count, _, _ in filled)
-    return sum(count * abs(sure - right) for count, sure, right in filled) / total if total else 0.0
 
 
 def abstention(in_scope: Array, out_of_scope: Array | None, threshold: float, bins: int = 25) -> Abstention:
@@ -198,13 +192,6 @@ def _beaten(one: Candidate, by: Sequence[Candidate]) -> bool:
     mine = (one.texts_per_second, one.score)
     others = [(c.texts_per_second, c.score) for c in by]
     return any(other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in others)
-
-
-def auroc(higher: Array, lower: Array) -> float:
-    """Chance that one of `higher` is above one of `lower`; ties count half."""
-    ordered = np.sort(lower)
-    below, up_to = np.searchsorted(ordered, higher, "left"), np.searchsorted(ordered, higher, "right")
-    return float((below + up_to).mean() / (2 * len(ordered)))
 
 
 def score_histogram(scores: Array, bins: int = 25) -> Histogram:
