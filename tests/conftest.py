@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ import pytest
 
 from millibert._errors import UsageError
 from millibert_ensemble import installation
+
+# Before torch is loaded: where another process is busy, OpenMP's spinning makes training many times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # The drain of `millibert serve`, and some more.
 STOP_SECONDS = 45

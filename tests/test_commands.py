@@ -308,9 +308,7 @@ def test_evaluate_counts_what_is_kept_out(evaluate: Any, tmp_path: Path, several
 def test_evaluate_compares_labels_or_sets_of_them(
     evaluate: Any, monkeypatch: pytest.MonkeyPatch, several: list[str], agreement: float
 ) -> None:
-    checkpoint = pytest.importorskip("millibert_build.checkpoint")
     checkpoint_labels = pytest.importorskip("millibert_build.checkpoint_labels")
-    monkeypatch.setattr(checkpoint, "best_labels", lambda _, texts: [text[0] for text in texts])
     monkeypatch.setattr(checkpoint_labels, "label_sets", lambda _, texts: [frozenset(text[0]) for text in texts])
     rows = [{"text": "a b", "label": "a"}, {"text": "c", "label": "c"}]
     _, shown, _ = evaluate(rows, *several, "--checkpoint", "folder", "--json")

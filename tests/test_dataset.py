@@ -33,7 +33,7 @@ def load(source: str, text: str = "text", label: str = "label", problem="single_
 
 
 def splits(train, test, labels=None, problem="single_label", **data):
-    return load_splits(Data(train=train, test=test, **data), labels, seed=1, problem=problem)
+    return load_splits(Data(train=train, test=test, seed=1, **data), labels, problem)
 
 
 def rows(*examples: tuple[str, str]) -> str:

@@ -17,7 +17,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Roberta
 
 from millibert import UsageError
 from millibert_build.batches import encode, shuffled_batches
-from millibert_build.checkpoint import best_labels, load_model, save_record
+from millibert_build.checkpoint import load_model, save_record
+from millibert_build.checkpoint_labels import label_sets
 from millibert_build.dataset import Example, Splits
 from millibert_build.hub import resolve_base
 from millibert_build.objective import Teacher
@@ -102,8 +103,8 @@ def test_it_learns_and_keeps_the_best_epoch(base, splits, tmp_path):
     assert curve[-1].loss < curve[0].loss
     assert best_epoch(curve).validation_score > 0.9
     save_record(tmp_path, {"max_tokens": 16})
-    predicted = best_labels(tmp_path, [example.text for example in splits.validation])
-    right = [(label,) == example.labels for label, example in zip(predicted, splits.validation, strict=True)]
+    predicted = label_sets(tmp_path, [example.text for example in splits.validation])
+    right = [given == set(example.labels) for given, example in zip(predicted, splits.validation, strict=True)]
     assert sum(right) / len(right) == pytest.approx(best_epoch(curve).validation_score)
 
 

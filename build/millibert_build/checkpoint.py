@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
-from millibert._errors import UsageError
-from millibert_build.batches import predict_logits
 from millibert_build.prune import shape_as_noted, structure_of
-from millibert_build.tokens import limited, load_tokenizer, token_ids
 
 RECORD = "millibert.json"
+_HEAD = ("classifier.weight", "classifier.bias")
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -32,11 +30,23 @@ def load_model(folder: Path) -> PreTrainedModel:
     if structure_of(config) is None:
         model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     else:
-        # `from_pretrained` builds every layer in the full size and refuses smaller weights.
-        model = BertForSequenceClassification(config).float()
-        shape_as_noted(model)
-        model.load_state_dict(load_file(folder / SAFE_WEIGHTS_NAME))
+        model = load_pruned(folder, config)
     model.eval()
+    return model
+
+
+def load_pruned(folder: Path, config: BertConfig) -> PreTrainedModel:
+    """A pruned classifier in fp32; its head is new where `config` has another number of labels.
+
+    `from_pretrained` would build every layer in the full size and refuse the smaller weights.
+    """
+    model: PreTrainedModel = BertForSequenceClassification(config).float()
+    shape_as_noted(model)
+    weights, fresh = load_file(folder / SAFE_WEIGHTS_NAME), model.state_dict()
+    for name in _HEAD:
+        if weights[name].shape != fresh[name].shape:
+            weights[name] = fresh[name]
+    model.load_state_dict(weights)
     return model
 
 
@@ -50,15 +60,3 @@ def load_record(folder: Path) -> dict[str, Any]:
 def save_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Remember something with a checkpoint; this makes it whole."""
     (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
-
-
-def best_labels(folder: Path, texts: Sequence[str]) -> list[str]:
-    """The label that the checkpoint itself, in PyTorch and fp32, gives each text."""
-    record = load_record(folder)
-    if not record:
-        raise UsageError(f"{folder}: not a checkpoint of `millibert build` (no {RECORD}); look in its --work folder")
-    model = load_model(folder)
-    tokenizer = limited(load_tokenizer(str(folder)), record["max_tokens"])
-    best = predict_logits(model, token_ids(tokenizer, texts), show="checkpoint").argmax(1)
-    names = dict(model.config.id2label or {})
-    return [str(names[index]) for index in best.tolist()]

@@ -21,12 +21,14 @@ def label_sets(folder: Path, texts: Sequence[str]) -> list[frozenset[str]]:
     record = load_record(folder)
     if not record:
         raise UsageError(f"{folder}: not a checkpoint of `millibert build` (no {RECORD}); look in its --work folder")
-    problem = record.get("problem", "single_label")  # older checkpoints have no other
-    calibration = load_calibration(folder)
+    calibration = load_calibration(folder) if record.get("problem") == "multi_label" else None
     model = load_model(folder)
     tokenizer = limited(load_tokenizer(str(folder)), record["max_tokens"])
     logits = predict_logits(model, token_ids(tokenizer, texts), show="checkpoint").numpy()
-    probabilities = ACTIVATIONS[problem](logits / np.float32(calibration.temperature))
-    given = predicted(problem, probabilities, calibration.thresholds)
+    if calibration is not None:
+        probabilities = ACTIVATIONS["multi_label"](logits / np.float32(calibration.temperature))
+        given = predicted("multi_label", probabilities, calibration.thresholds)
+    else:
+        given = predicted("single_label", logits, ())
     names = {int(index): str(label) for index, label in dict(model.config.id2label or {}).items()}
     return [frozenset(names[index] for index in np.flatnonzero(row).tolist()) for row in given]

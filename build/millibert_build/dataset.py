@@ -73,7 +73,7 @@ def target_matrix(examples: Sequence[Example], labels: Sequence[str]) -> npt.NDA
     return matrix
 
 
-def load_splits(data: Data, labels: Sequence[str] | None, seed: int, problem: Problem = "single_label") -> Splits:
+def load_splits(data: Data, labels: Sequence[str] | None, problem: Problem = "single_label") -> Splits:
     """Read, check and split. `labels` fixes the label list and its order; None takes the training data's."""
 
     def load(sources: Sources, split: str) -> tuple[Example, ...]:
@@ -95,7 +95,7 @@ def load_splits(data: Data, labels: Sequence[str] | None, seed: int, problem: Pr
     train, more = _without_variants(train, (*validation, *test))
     warnings += more
     if data.validation is None:
-        train, validation = stratified(train, data.validation_share, seed)
+        train, validation = stratified(train, data.validation_share, data.seed)
         # Of a text that is there twice one copy may have been held out. Without it no label loses its last text.
         validation, more = _left_out(validation, train, "validation texts", "the training data repeat them")
         warnings += more

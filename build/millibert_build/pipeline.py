@@ -93,7 +93,7 @@ def build_best(scenario: Scenario, place: Place, plan: Plan) -> Release:
     progress = Progress(plan.stages)
     with locked(place.work):
         with progress.stage("data"):
-            splits = load_splits(scenario.data, scenario.labels, scenario.training.seed, scenario.problem)
+            splits = load_splits(scenario.data, scenario.labels, scenario.problem)
             source = Source(scenario, splits, resolve_base(scenario.base))
             progress.note(_describe(splits))
         return make_release(source, place, plan, progress)

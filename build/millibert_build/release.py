@@ -103,7 +103,7 @@ def _pruning_loss(findings: Findings, shop: Workshop) -> dict[str, Any]:
 
 def portable(scenario: Scenario) -> dict[str, Any]:
     """What a build that continues from this one needs; where the data lay is no one else's business."""
-    columns = scenario.data.model_dump(include={"text_column", "label_column", "label_separator"})
+    columns = scenario.data.model_dump(include={"text_column", "label_column", "label_separator", "seed"})
     document = scenario.model_dump(mode="json", exclude={"data", "base", "distillation"})
     return {**document, "base": "release", "data": {"train": "release", "test": "release", **columns}}
 

@@ -119,7 +119,7 @@ def with_feedback(origin: Origin, add: str) -> tuple[Splits, tuple[Example, ...]
     usable = tuple(e for e in new if e.text not in measured)
     if len(usable) < 2:
         raise UsageError(f"{add}: no new examples: all are in the release's validation or test data")
-    kept, held = stratified(usable, HELD_BACK, origin.scenario.training.seed)
+    kept, held = stratified(usable, HELD_BACK, origin.scenario.data.seed)
     if not held:
         kept, held = kept[1:], kept[:1]
     # The new word on a text counts.

@@ -42,6 +42,8 @@ class Data(_Strict):
     validation: Sources | None = None
     """None: a stratified `validation_share` of the training texts is held out."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    seed: int = 42
+    """Of what is held out. Scenarios that differ in `training.seed` only are validated on the same texts."""
     out_of_scope: Sources | None = None
     """Texts that none of the labels fits: measures how well the abstention threshold keeps them out."""
     copies: Literal["refuse", "drop"] = "refuse"
@@ -90,10 +92,18 @@ class Distillation(_Strict):
     The loss is (1 - weight) of the usual one plus weight * temperature^2 * KL(teacher || student).
     """
 
-    teacher: str
-    """A checkpoint fine-tuned on the same labels: the `checkpoint` folder in the --work folder of its build."""
+    teacher: Sources
+    """A checkpoint fine-tuned on the same labels: the `checkpoint` folder in the --work folder of its build.
+
+    Of several the logits are averaged: an ensemble, in one small model.
+    """
     weight: Share = 0.5
     temperature: Positive = 2.0
+
+    @property
+    def teachers(self) -> list[Path]:
+        """Their folders."""
+        return [Path(folder) for folder in _each(self.teacher)]
 
 
 class Pruning(_Strict):
@@ -236,8 +246,14 @@ def _resolve_paths(scenario: Scenario, folder: Path) -> Scenario:
     data, distillation = scenario.data, scenario.distillation
     update = {name: resolved(getattr(data, name)) for name in ("train", "validation", "test", "out_of_scope")}
     if distillation is not None:
-        distillation = distillation.model_copy(update={"teacher": str(folder / distillation.teacher)})
+        distillation = distillation.model_copy(
+            update={"teacher": tuple(str(folder / each) for each in _each(distillation.teacher))}
+        )
     base = str(folder / scenario.base) if scenario.base.startswith(("./", "../")) else scenario.base
     return scenario.model_copy(
         update={"data": data.model_copy(update=update), "base": base, "distillation": distillation}
     )
+
+
+def _each(sources: Sources) -> tuple[str, ...]:
+    return sources if isinstance(sources, tuple) else (sources,)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -40,6 +40,8 @@ RECOVERY = Distillation(teacher="the model before pruning", weight=0.5, temperat
 # Enough for a stable order of heads and neurons; more only takes longer.
 IMPORTANCE_TEXTS = 2048
 _FINGERPRINT = "fingerprint"
+_START = "start"
+_TEACHER = "teacher.pt"
 _RECIPE = ("batches", "objective", "optimisation", "train")
 
 
@@ -92,23 +94,46 @@ def pruned(scenario: Scenario, before: Trained, splits: Splits, work: Path, log:
     inputs = {"before": before.record[_FINGERPRINT], "pruning": settings.model_dump()}
 
     def make(folder: Path) -> dict[str, Any]:
-        model = load_model(before.folder)
         train, validation = _encoded(splits, before.tokenizer)
-        teacher = Teacher.of(predict_logits(model, train.ids, show="before pruning"), RECOVERY)
-        objective = Objective(scenario.problem, scenario.training, train.targets)
-        removed = prune(model, _importance_batches(train, scenario), settings, objective)
-        masks = two_four_masks(model) if settings.sparsity == "2:4" else None
+        start = _start_of_recovery(folder / _START, scenario, before, train)
+        masks = two_four_masks(start.model) if settings.sparsity == "2:4" else None
         after_step = None if masks is None else lambda changed: apply_masks(changed, masks)
         if after_step is not None:
-            after_step(model)
-        rate = settings.recovery_learning_rate or learning_rate(scenario.training, model.config.hidden_size) / 2
+            after_step(start.model)
+        rate = settings.recovery_learning_rate or learning_rate(scenario.training, start.model.config.hidden_size) / 2
         changes = {"epochs": settings.recovery_epochs, "learning_rate": rate, "patience": None, "freeze": "none"}
         training = scenario.training.model_copy(update=changes)
-        fine_tune(model, Course(scenario.problem, train, validation, training, teacher, after_step, log), folder)
+        course = Course(scenario.problem, train, validation, training, start.teacher, after_step, log)
+        fine_tune(start.model, course, folder)
         load_tokenizer(str(before.folder)).save_pretrained(folder)
-        return {"removed": asdict(removed)}
+        return {"removed": start.removed}
 
     return _kept(work / PRUNED, scenario, inputs, (*_RECIPE, "prune", "sparsify"), make)
+
+
+class _Start(NamedTuple):
+    """A pruned model that has not recovered, what it learns from, and what was removed."""
+
+    model: Any
+    teacher: Teacher
+    removed: dict[str, Any]
+
+
+def _start_of_recovery(folder: Path, scenario: Scenario, before: Trained, train: Encoded) -> _Start:
+    """Prune, or take up what was pruned into `folder` by a build that was killed while the model recovered."""
+    if not folder.is_dir():
+        model = load_model(before.folder)
+        logits = predict_logits(model, train.ids, show="before pruning")
+        objective = Objective(scenario.problem, scenario.training, train.targets)
+        removed = prune(model, _importance_batches(train, scenario), scenario.pruning, objective)
+        aside = folder.with_suffix(".new")
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        torch.save(logits, aside / _TEACHER)
+        save_record(aside, asdict(removed))
+        aside.rename(folder)
+    logits = torch.load(folder / _TEACHER, weights_only=True)
+    return _Start(load_model(folder), Teacher.of(logits, RECOVERY), load_record(folder))
 
 
 def _start_from_priors(model: Any, train: Encoded) -> None:
@@ -131,11 +156,12 @@ def _kept(
         unfinished = _unfinished(folder, fingerprint)
         record = make(unfinished)
         curve = torch.load(unfinished / STATE, weights_only=True)["curve"]
-        (unfinished / STATE).unlink()
         remembered = {_FINGERPRINT: fingerprint, "max_tokens": scenario.max_tokens, "problem": scenario.problem}
         save_record(unfinished, {**remembered, **record, "curve": curve})
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder / _START, ignore_errors=True)
     record = load_record(folder)
     tokenizer = limited(load_tokenizer(str(folder)), scenario.max_tokens)
     curve = [Epoch(**epoch) for epoch in record["curve"]]
@@ -173,8 +199,13 @@ def _importance_batches(train: Encoded, scenario: Scenario) -> list[tuple[torch.
 
 
 def _teacher(distillation: Distillation, splits: Splits) -> Teacher:
-    """The teacher's logits on the training texts, its labels in our order, its text cut by its own tokenizer."""
-    folder = Path(distillation.teacher)
+    """The mean of the teachers' logits on the training texts."""
+    logits = torch.stack([_teacher_logits(folder, splits) for folder in distillation.teachers])
+    return Teacher.of(logits.mean(dim=0), distillation)
+
+
+def _teacher_logits(folder: Path, splits: Splits) -> torch.Tensor:
+    """A teacher's logits, its labels in our order, its text cut by its own tokenizer."""
     record = load_record(folder)
     if not record:
         raise UsageError(f"distillation.teacher: {folder} is not a checkpoint of `millibert build`")
@@ -185,7 +216,7 @@ def _teacher(distillation: Distillation, splits: Splits) -> Teacher:
         raise UsageError(f"distillation.teacher: {folder} does not know the label {missing[0]!r}")
     ids = _teacher_ids(folder, record["max_tokens"], splits.train)
     logits = predict_logits(model, ids, show="teacher")
-    return Teacher.of(logits[:, [position[label] for label in splits.labels]], distillation)
+    return logits[:, [position[label] for label in splits.labels]]
 
 
 def _teacher_ids(folder: Path, max_tokens: int, examples: Sequence[Example]) -> list[list[int]]:
@@ -194,8 +225,9 @@ def _teacher_ids(folder: Path, max_tokens: int, examples: Sequence[Example]) -> 
 
 
 def _identity(distillation: Distillation) -> dict[str, Any]:
-    """The settings, with what the teacher is instead of where it lies."""
-    weights = Path(distillation.teacher) / "model.safetensors"
-    if not weights.is_file():
-        raise UsageError(f"distillation.teacher: no model.safetensors in {distillation.teacher}")
-    return {**distillation.model_dump(exclude={"teacher"}), "sha256": file_sha256(weights)}
+    """The settings, with what the teachers are instead of where they lie."""
+    weights = [folder / "model.safetensors" for folder in distillation.teachers]
+    for file in weights:
+        if not file.is_file():
+            raise UsageError(f"distillation.teacher: no {file.name} in {file.parent}")
+    return {**distillation.model_dump(exclude={"teacher"}), "sha256": [file_sha256(file) for file in weights]}

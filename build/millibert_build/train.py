@@ -23,9 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from millibert._errors import UsageError
 from millibert_build.batches import Encoded, padded, predict_logits, shuffled_batches
+from millibert_build.checkpoint import load_pruned
 from millibert_build.hub import Base
 from millibert_build.objective import Objective, Teacher, validation_loss, validation_score
 from millibert_build.optimisation import freeze, make_optimizer, make_schedule
+from millibert_build.prune import structure_of
 from millibert_build.scenario import Problem, Training
 
 STATE = "state.pt"
@@ -143,6 +145,8 @@ def load_base(base: Base, labels: Sequence[str], max_tokens: int, problem: Probl
     # It would report the new classifier's weights as missing, in a screenful.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if structure_of(config) is not None:
+        return load_pruned(Path(base.location), config)
     return AutoModelForSequenceClassification.from_pretrained(
         base.location, revision=base.revision, config=config, dtype=torch.float32
     )

@@ -18,6 +18,7 @@ from millibert_build.evaluate import Comparison, GateError, check_gates, check_p
 from millibert_build.export import export_packed
 from millibert_build.quantize import Activations, Effect, Verdict, quantize_dynamic, quantize_to_gate, sensitivity
 from millibert_build.scenario import Engine, Scenario
+from millibert_build.sparsify import check_sparsity
 from millibert_build.stages import Trained
 from millibert_build.tokens import token_ids
 from millibert_ensemble.models.bert.packing import pack
@@ -65,9 +66,13 @@ class Workshop:
         return self.folder / "fp32.onnx"
 
     def export(self) -> None:
-        """Write the fp32 graph."""
+        """Write the fp32 graph; where it is to be 2:4, prove that it is."""
         self.folder.mkdir(exist_ok=True)
         export_packed(self.trained.model, self.scenario.max_tokens, self.fp32)
+        if self.scenario.pruning.sparsity == "2:4":
+            dense = [name for name, sparse in check_sparsity(self.fp32).items() if not sparse]
+            if dense:
+                raise RuntimeError(f"{self.fp32}: {', '.join(dense)} should be 2:4 and are not; please report this")
 
     def logits(self, precision: str, onnx: Path, ids: Sequence[Sequence[int]]) -> Floats:
         """Logits [texts, labels] of a graph, as the server computes them."""

@@ -212,18 +212,14 @@ def _counts(pairs: Sequence[metrics.Pair], total: int) -> dict[str, Any]:
 def _agreement(pairs: Sequence[metrics.Pair], checkpoint: Path, *, multi_label: bool) -> float:
     """Share of the answered texts whose best label, or set of accepted ones, the checkpoint gives in process too."""
     try:
-        from millibert_build.checkpoint import best_labels
         from millibert_build.checkpoint_labels import label_sets
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--checkpoint needs the extra 'build' ({error.name} is missing): pip install 'millibert[build]'"
         ) from error
-    texts = [row.text for row, _ in pairs]
-    if multi_label:
-        sets = zip(pairs, label_sets(checkpoint, texts), strict=True)
-        return sum(labels == frozenset(answer.accepted) for (_, answer), labels in sets) / len(pairs)
-    own = zip(pairs, best_labels(checkpoint, texts), strict=True)
-    return sum(answer.label == label for (_, answer), label in own) / len(pairs)
+    own = label_sets(checkpoint, [row.text for row, _ in pairs])
+    served = (frozenset(answer.accepted) if multi_label else {answer.label} for _, answer in pairs)
+    return sum(one == other for one, other in zip(own, served, strict=True)) / len(pairs)
 
 
 def _warn(pairs: Sequence[metrics.Pair], failures: Sequence[ServiceError], figures: dict[str, Any]) -> None:
