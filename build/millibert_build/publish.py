@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -14,6 +16,7 @@ from pathlib import Path
 from millibert._errors import UsageError
 
 RELEASE_FILE = "release.json"
+_NEW = ".new"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -27,8 +30,8 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".new", dir=out.parent))
-    try:
+    _sweep(out)
+    with _staging(out) as staging:
         yield staging
         staging.chmod(0o755)  # mkdtemp's folders are private; the server may be another user
         if (out / "README.md").is_file():
@@ -38,8 +41,32 @@ def replacing(out: Path) -> Iterator[Path]:
             _exchange(staging, out)
         else:
             staging.rename(out)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, locked while its owner lives, and removed with whatever is in its place in the end."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_NEW, dir=out.parent))
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # what failed, or what was replaced
+        os.close(descriptor)
+
+
+def _sweep(out: Path) -> None:
+    """Remove the staging folders of builds that were killed while they published; living ones hold a lock."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*{_NEW}"):
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(descriptor)
 
 
 def check_replaceable(out: Path) -> None:
