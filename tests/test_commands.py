@@ -289,6 +289,14 @@ def test_evaluate_measures_the_accepted_labels(evaluate: Any, tmp_path: Path) ->
     ]
 
 
+def test_evaluate_measures_several_files_together(evaluate: Any, tmp_path: Path) -> None:
+    more = tmp_path / "more.csv"
+    more.write_text("text,label\nb,b\nc,a\n")
+    rows = [{"text": "a", "label": "a"}]
+    figures = json.loads(evaluate(rows, str(more), "--data", str(more), "--json")[1])
+    assert (figures["n"], figures["accuracy"]) == (5, pytest.approx(3 / 5))
+
+
 @pytest.mark.parametrize("several", [[], ["--multi-label"]])
 def test_evaluate_counts_what_is_kept_out(evaluate: Any, tmp_path: Path, several: list[str]) -> None:
     outside = tmp_path / "outside.csv"

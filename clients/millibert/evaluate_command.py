@@ -1,13 +1,13 @@
 """Measure how often a served model is right, on labelled texts sent through the server.
 
-The data is a CSV file with a header, a JSON array of objects, or JSON Lines; UTF-8. Texts without an answer count
+The data are CSV files with a header, JSON arrays of objects, or JSON Lines; UTF-8. Texts without an answer count
 as errors and are left out of the figures.
 
 examples:
   millibert evaluate --url grpc://127.0.0.1:8001 --model banking77 --data test.csv --label-column category
   millibert evaluate --url http://127.0.0.1:8000 --model banking77 --data test.jsonl --json > figures.json
   millibert evaluate --url … --model banking77 --data test.csv --checkpoint .millibert/banking77/checkpoint
-  millibert evaluate --url … --model nlupp --data fold16.json --label-column intents --multi-label
+  millibert evaluate --url … --model nlupp --data fold1[6-9].json --label-column intents --multi-label
   millibert evaluate --url … --model banking77 --data test.csv --out-of-scope chatter.csv
 
 The exit status is 0 when all texts were answered, 1 when a call failed, 2 for wrong usage.
@@ -16,6 +16,7 @@ The exit status is 0 when all texts were answered, 1 when a call failed, 2 for w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -53,7 +54,15 @@ class Outcome(NamedTuple):
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `millibert evaluate`."""
     add_service(parser)
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="a .csv, .tsv, .json or .jsonl file")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help=".csv, .tsv, .json or .jsonl files",
+    )
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
     parser.add_argument(
@@ -98,7 +107,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit status. Raises `ServiceError` when the service answers nothing at all."""
     separator = args.label_separator if args.multi_label else None
-    rows = read_labelled_texts(args.data, args.text_column, args.label_column, separator)
+    files = (read_labelled_texts(file, args.text_column, args.label_column, separator) for file in args.data)
+    rows = list(itertools.chain.from_iterable(files))
     outside = [] if args.out_of_scope is None else read_texts(args.out_of_scope, args.text_column)
     if args.predictions is not None:
         # Where that fails, it should before the work is done.
