@@ -16,6 +16,7 @@ from millibert import UsageError
 from millibert_build.dataset import Example, Splits
 from millibert_build.kept_data import load_data, save_data
 from millibert_build.publish import RELEASE_FILE
+from millibert_build.report import read_report
 from millibert_build.retune import NEXT, open_release, with_feedback
 
 NEW = [
@@ -79,6 +80,9 @@ def test_what_makes_it_worse_is_refused_and_changes_nothing(mine, tmp_path):
     assert "Traceback" not in done.stderr
     assert contents(mine.repository) == repository
     assert contents(mine.work / "checkpoint") == checkpoint
+    assert not (mine.work / NEXT).exists()
+    report = read_report(mine.work / "report.json")
+    assert (report.verdict.published, len(report.lineage)) == (False, 2)
 
 
 def test_a_label_that_the_release_does_not_have(release, tmp_path):

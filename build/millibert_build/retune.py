@@ -58,7 +58,11 @@ def retune(folder: Path, add: str, place: Place) -> Release:
         lineage = [*origin.manifest["lineage"], _ancestor(origin, len(held), add)]
         next_place = replace(place, work=place.work / NEXT, report=place.report or place.work)
         source = Source(scenario, splits, base, lineage, remembered=origin.scenario)
-        released = make_release(source, next_place, plan, progress, judge)
+        try:
+            released = make_release(source, next_place, plan, progress, judge)
+        except GateError:
+            shutil.rmtree(next_place.work)
+            raise
         promote(place.work)
     return released
 
