@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from millibert._errors import UsageError
 from millibert_build.engine import Floats, available_precisions, open_engine
 from millibert_build.release import cpu_name
 from millibert_build.scenario import Engine
 from millibert_ensemble.models.bert.engines import Arrays
-from millibert_ensemble.models.bert.packing import pack
 from millibert_ensemble.models.bert.threads import cpu_limit
+
+Ids = list[list[int]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
-    batches = _batches(args)
+    from millibert_build.bench_batches import batches_of, read_ids
+
+    batches = batches_of(read_ids(args.checkpoint, args.data, args.text_column, args.max_tokens), args.batch)
     with tempfile.TemporaryDirectory() as folder:
         packed, padded = _export(args.checkpoint, args.max_tokens, Path(folder))
         precisions = available_precisions(args.engine, packed)
@@ -73,20 +75,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-Batch = Sequence[Sequence[int]]
-
-
-def _batches(args: argparse.Namespace) -> list[Batch]:
-    from millibert_build.dataset import load_texts
-    from millibert_build.tokens import limited, load_tokenizer, token_ids
-
-    if not (args.checkpoint / "config.json").is_file():
-        raise UsageError(f"{args.checkpoint}: not a checkpoint; `millibert build` keeps them in its --work folder")
-    tokenizer = limited(load_tokenizer(str(args.checkpoint)), args.max_tokens)
-    ids = token_ids(tokenizer, load_texts(args.data, args.text_column))
-    return [ids[start : start + args.batch] for start in range(0, len(ids), args.batch)]
-
-
 def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path]:
     from millibert_build.checkpoint import load_model
     from millibert_build.export import export_packed, export_padded
@@ -98,10 +86,12 @@ def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path
 
 
 def _measure(
-    args: argparse.Namespace, precision: str, packed: Path, padded: Path, batches: Sequence[Batch]
+    args: argparse.Namespace, precision: str, packed: Path, padded: Path, batches: Sequence[Ids]
 ) -> dict[str, float | str]:
+    from millibert_build import bench_batches
+
     layouts: dict[str, Callable[[], Floats]] = {}
-    for name, path, arrange in (("padded", padded, _pad), ("packed", packed, _pack)):
+    for name, path, arrange in (("padded", padded, bench_batches.padded), ("packed", packed, bench_batches.packed)):
         layouts[name] = _runner(open_engine(args.engine, path, precision).infer, arrange, batches)
     logits = {name: run() for name, run in layouts.items()}  # the warm-up, too
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
@@ -122,17 +112,6 @@ def _measure(
 
 
 def _runner(
-    infer: Callable[[Arrays], Floats], arrange: Callable[[Batch], Arrays], batches: Sequence[Batch]
+    infer: Callable[[Arrays], Floats], arrange: Callable[[Ids], Arrays], batches: Sequence[Ids]
 ) -> Callable[[], Floats]:
     return lambda: np.concatenate([infer(arrange(batch)) for batch in batches])
-
-
-def _pack(batch: Batch) -> Arrays:
-    return pack([np.array([row], np.int32) for row in batch])
-
-
-def _pad(batch: Batch) -> Arrays:
-    ids = np.zeros((len(batch), max(map(len, batch))), np.int32)
-    for row, text in zip(ids, batch, strict=True):
-        row[: len(text)] = text
-    return {"input_ids": ids}

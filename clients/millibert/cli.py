@@ -29,6 +29,7 @@ COMMANDS = {
     "build": Command("millibert_build.build_command", "labelled text to a Triton model repository", "build"),
     "tune": Command("millibert_build.tune_command", "the fastest of several ways to prune and quantise", "build"),
     "bench-engine": Command("millibert_build.bench_engine", "packed against padded, in process", "build"),
+    "bench-gpu": Command("millibert_build.bench_gpu", "packed against padded on a CUDA GPU, in PyTorch", "build"),
     "serve": Command("millibert_ensemble.serve_command", "run Triton on a model repository", "serve"),
     "classify": Command("millibert.classify_command", "labels and scores of texts, from a server", None),
     "evaluate": Command("millibert.evaluate_command", "accuracy measured through a server", None),
