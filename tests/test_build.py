@@ -57,23 +57,21 @@ def test_the_report_says_what_the_manifest_says(release, tmp_path):
     options = ["--precision", "int8", "--set", "gates.min_agreement_int8=0.5", "--set", "gates.max_accuracy_loss=1"]
     done = release.build(tmp_path / "out", None, *options, "--json")
     assert done.returncode == 0, done.stderr
-    manifest, report = json.loads(done.stdout), read_report(release.work / "report.json")
-    assert report.verdict.published
-    assert report.labels == tuple(manifest["labels"])
-    assert dict(report.data.texts) == manifest["data"]["texts"]
-    fp32, int8 = report.stages
-    assert (fp32.name, int8.name, int8.chosen) == ("fp32", "int8", True)
-    assert fp32.test.score == manifest["metrics"]["variants"]["fp32"]["engine_score"]
-    assert int8.test.score == manifest["metrics"]["test"]["engine_score"]
-    assert int8.test.agreement == manifest["metrics"]["test"]["agreement"]
-    assert int8.size_bytes < 0.7 * fp32.size_bytes  # embeddings stay in fp32
-    assert sum(row[i] for i, row in enumerate(report.confusion)) / 250 == pytest.approx(int8.test.score)
-    assert report.calibration.error_after == manifest["metrics"]["test"]["calibration_error"]
-    (phase,) = report.phases
-    assert [epoch.validation_score for epoch in phase.epochs] == [
-        epoch["validation_score"] for epoch in manifest["training"]["curve"]
-    ]
-    assert report.lineage[-1].id == manifest["checkpoint"]["fingerprint"][:12]
+    manifest, report = json.loads(done.stdout), json.loads((release.work / "report.json").read_text())
+    assert report["verdict"]["published"]
+    assert report["labels"] == manifest["labels"]
+    assert report["data"]["texts"] == manifest["data"]["texts"]
+    fp32, int8 = report["stages"]
+    assert (fp32["name"], int8["name"], int8["chosen"]) == ("fp32", "int8", True)
+    assert fp32["test"]["score"] == manifest["metrics"]["variants"]["fp32"]["engine_score"]
+    assert int8["test"]["score"] == manifest["metrics"]["test"]["engine_score"]
+    assert int8["test"]["agreement"] == manifest["metrics"]["test"]["agreement"]
+    assert int8["size_bytes"] < 0.7 * fp32["size_bytes"]  # embeddings stay in fp32
+    assert sum(row[i] for i, row in enumerate(report["confusion"])) / 250 == pytest.approx(int8["test"]["score"])
+    assert report["calibration"]["error_after"] == manifest["metrics"]["test"]["calibration_error"]
+    (phase,) = report["phases"]
+    assert phase["epochs"] == manifest["training"]["curve"]
+    assert report["lineage"][-1]["id"] == manifest["checkpoint"]["fingerprint"][:12]
 
 
 def test_configs_follow_the_contract_and_the_scenario(release):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ SCENARIO = make_scenario(
     {"name": "x", "data": {"train": "a", "test": "b"}, "gates": {"max_accuracy_loss": 0.1}}, "the test"
 )
 NOTHING = Measured([], np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
-SHOP = Workshop(SCENARIO, "openvino", None, NOTHING, Calibration(1.0, (0.0, 0.0)))
+NOBODY: Any = None
+SHOP = Workshop(SCENARIO, "openvino", NOBODY, NOTHING, Calibration(1.0, (0.0, 0.0)))
 
 
 def agreeing(texts: int, of: int = 1000) -> Comparison:
