@@ -21,11 +21,12 @@ from millibert_build.checkpoint import load_model, save_record
 from millibert_build.checkpoint_labels import label_sets
 from millibert_build.dataset import Example, Splits
 from millibert_build.hub import resolve_base
+from millibert_build.learning_curve import best_epoch
 from millibert_build.objective import Teacher
 from millibert_build.optimisation import learning_rate, make_optimizer, make_schedule
 from millibert_build.scenario import Training
 from millibert_build.tokens import limited, load_tokenizer
-from millibert_build.train import STATE, Course, best_epoch, fine_tune, load_base
+from millibert_build.train import STATE, Course, fine_tune, load_base
 
 WORDS = {"greet": ["hello", "hi", "morning"], "part": ["bye", "later", "farewell"], "ask": ["what", "why", "who"]}
 FILLER = [f"word{i}" for i in range(20)]

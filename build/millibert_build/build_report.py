@@ -64,9 +64,8 @@ def _environment(findings: Findings) -> r.Environment:
 
 
 def _phase(shop: Workshop) -> r.Phase:
-    epochs = tuple(r.Epoch(e.number, e.loss, e.validation_score, e.validation_loss) for e in shop.trained.curve)
     name = f"recovery after {shop.removed}" if shop.removed else "fine-tuning"
-    return r.Phase(name, epochs, shop.trained.best.number)
+    return r.Phase(name, tuple(shop.trained.curve), shop.trained.best.number)
 
 
 def _stage(findings: Findings, variant: Variant) -> r.Stage:

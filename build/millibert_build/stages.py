@@ -25,13 +25,14 @@ from millibert_build.batches import Encoded, encode, padded, predict_logits, shu
 from millibert_build.checkpoint import load_model, load_record, save_record
 from millibert_build.dataset import Example, Splits
 from millibert_build.hub import Base, file_sha256
+from millibert_build.learning_curve import Epoch, best_epoch
 from millibert_build.objective import Objective, Teacher, prior_logits
 from millibert_build.optimisation import learning_rate
 from millibert_build.prune import prune
 from millibert_build.scenario import Distillation, Scenario
 from millibert_build.sparsify import apply_masks, two_four_masks
 from millibert_build.tokens import limited, load_tokenizer, token_ids
-from millibert_build.train import STATE, Course, Epoch, best_epoch, fine_tune, load_base
+from millibert_build.train import STATE, Course, fine_tune, load_base
 
 FINE_TUNED = "checkpoint"
 PRUNED = "pruned"
@@ -42,7 +43,7 @@ IMPORTANCE_TEXTS = 2048
 _FINGERPRINT = "fingerprint"
 _START = "start"
 _TEACHER = "teacher.pt"
-_RECIPE = ("batches", "objective", "optimisation", "train")
+_RECIPE = ("batches", "learning_curve", "objective", "optimisation", "train")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from millibert._errors import UsageError
 from millibert_build.batches import Encoded, padded, predict_logits, shuffled_batches
 from millibert_build.checkpoint import load_pruned
 from millibert_build.hub import Base
+from millibert_build.learning_curve import Epoch, best_epoch
 from millibert_build.objective import Objective, Teacher, validation_loss, validation_score
 from millibert_build.optimisation import freeze, make_optimizer, make_schedule
 from millibert_build.prune import structure_of
@@ -32,21 +33,6 @@ from millibert_build.scenario import Problem, Training
 
 STATE = "state.pt"
 _PROBLEM_TYPES = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """How one epoch went. `validation_score` is accuracy or micro-F1, 0 to 1."""
-
-    number: int
-    loss: float
-    validation_score: float
-    validation_loss: float
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """What the best epoch is chosen by: the score, and where a small validation set ties, the lower loss."""
-        return self.validation_score, -self.validation_loss
 
 
 @dataclass(frozen=True)
@@ -116,11 +102,6 @@ def fine_tune(model: PreTrainedModel, course: Course, folder: Path) -> list[Epoc
         run.curve.append(epoch)
         run.save(folder / STATE)
     return run.curve
-
-
-def best_epoch(curve: Sequence[Epoch]) -> Epoch:
-    """The epoch whose checkpoint was kept: the first of the best."""
-    return max(curve, key=lambda epoch: epoch.rank)
 
 
 def load_base(base: Base, labels: Sequence[str], max_tokens: int, problem: Problem, training: Training) -> Any:

@@ -1,5 +1,6 @@
 """The build report: one self-contained HTML page, and the same data as JSON beside it."""
 
+from millibert_build.learning_curve import Epoch
 from millibert_build.report.data import (
     Abstention,
     Bin,
@@ -8,7 +9,6 @@ from millibert_build.report.data import (
     Confused,
     DataSummary,
     Environment,
-    Epoch,
     Histogram,
     LabelResult,
     LayerRemoved,

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from millibert_build.learning_curve import Epoch
+
 Problem = Literal["single_label", "multi_label"]
 
 
@@ -50,16 +52,6 @@ class DataSummary:
     label_counts: Mapping[str, tuple[int, ...]]
     tokens: TokenLengths | None = None
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """How one epoch went."""
-
-    number: int
-    loss: float
-    validation_score: float
-    validation_loss: float
 
 
 @dataclass(frozen=True)
