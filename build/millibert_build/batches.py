@@ -62,7 +62,7 @@ def padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def predict_logits(model: PreTrainedModel, ids: Sequence[Sequence[int]], show: str | None = None) -> Tensor:
-    """Logits [texts, labels] in fp32 of the Hugging Face model, padded batches sorted by length."""
+    """Logits [texts, labels] in fp32 on the CPU of the Hugging Face model, padded batches sorted by length."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     result = torch.empty(len(ids), cast(int, model.config.num_labels))
     model.eval()
@@ -70,6 +70,6 @@ def predict_logits(model: PreTrainedModel, ids: Sequence[Sequence[int]], show: s
     with torch.inference_mode():
         for start in tqdm(starts, desc=show, disable=None if show else True, leave=False):
             chunk = order[start : start + EVALUATION_BATCH]
-            input_ids, attention_mask = padded([ids[index] for index in chunk])
-            result[chunk] = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+            input_ids, attention_mask = (each.to(model.device) for each in padded([ids[index] for index in chunk]))
+            result[chunk] = model(input_ids=input_ids, attention_mask=attention_mask).logits.float().cpu()
     return result

@@ -88,10 +88,10 @@ def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path
 def _measure(
     args: argparse.Namespace, precision: str, packed: Path, padded: Path, batches: Sequence[Ids]
 ) -> dict[str, float | str]:
-    from millibert_build import bench_batches
+    from millibert_build import layouts as arrangements
 
     layouts: dict[str, Callable[[], Floats]] = {}
-    for name, path, arrange in (("padded", padded, bench_batches.padded), ("packed", packed, bench_batches.packed)):
+    for name, path, arrange in (("padded", padded, arrangements.padded), ("packed", packed, arrangements.packed)):
         layouts[name] = _runner(open_engine(args.engine, path, precision).infer, arrange, batches)
     logits = {name: run() for name, run in layouts.items()}  # the warm-up, too
     seconds: dict[str, list[float]] = {name: [] for name in layouts}

@@ -93,8 +93,8 @@ def _layouts(args: argparse.Namespace) -> dict[str, _Layout]:
     """Both layouts in the wanted precision, and the padded one in fp32 as the reference."""
     import torch
 
-    from millibert_build.bench_batches import packed, padded
     from millibert_build.checkpoint import load_model
+    from millibert_build.layouts import packed, padded
     from millibert_build.packed_bert import PackedBert, PaddedBert
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]

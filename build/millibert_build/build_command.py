@@ -9,6 +9,7 @@ examples:
                   --set data.copies=drop --out nlupp_repository
   millibert build --scenario my.toml --out repo --set pruning.neurons=0.5 --set training.patience=3 --precision int8
   millibert build --from-release repo --add feedback.jsonl --out repo
+  millibert build --scenario my.toml --out repo --tensorrt fp16    # then, on the GPU node: millibert engine
 
 The repository appears at --out in one step when everything has passed the scenario's gates; after an error
 the previous one is untouched. A build that was interrupted goes on where it was. Data: .csv, .tsv, .json, .jsonl
@@ -32,6 +33,7 @@ from typing import Any
 
 from millibert._errors import UsageError
 from millibert_build import scenario as scenarios
+from millibert_build.tensorrt.target import LAYOUTS, PRECISIONS
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +71,15 @@ def add_scenario_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=typing.get_args(scenarios.Engine), default="openvino")
     parser.add_argument(
+        "--tensorrt",
+        choices=PRECISIONS,
+        metavar="PRECISION",
+        help="also make a TensorRT plan's graph: %(choices)s",
+    )
+    parser.add_argument(
+        "--tensorrt-layout", choices=LAYOUTS, default="packed", help="of that graph (default: %(default)s)"
+    )
+    parser.add_argument(
         "--work", type=Path, metavar="DIR", help="where checkpoints are kept (default: .millibert/NAME)"
     )
     parser.add_argument(
@@ -87,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from millibert_build.retune import retune
 
     work = args.work or work_folder(scenario.name if scenario else name_of(args.from_release))
-    place = Place(args.engine, args.precision, args.out, work, args.tensorboard)
+    place = Place(args.engine, args.precision, args.out, work, args.tensorboard, tensorrt_of(args))
     release = build(scenario, place) if scenario else retune(args.from_release, args.add, place)
     if args.json:
         print(json.dumps(release.manifest, ensure_ascii=False))
@@ -110,6 +121,11 @@ def name_of(release: Path) -> str:
         return str(json.loads((release / "release.json").read_text(encoding="utf-8"))["name"])
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{release}: no readable release.json; give what `millibert build` made") from error
+
+
+def tensorrt_of(args: argparse.Namespace) -> Any:
+    """Precision and layout of the TensorRT graph; None where none is asked for."""
+    return args.tensorrt and (args.tensorrt, args.tensorrt_layout)
 
 
 def prepare_threads() -> None:

@@ -23,6 +23,7 @@ OPSET = 20
 MAX_IR = 10
 
 PACKED_INPUTS = ("input_ids", "lengths", "max_length", "span")
+PADDED_INPUTS = ("input_ids", "span")
 OUTPUT = "logits"
 
 FloatPrecision = Literal["fp32", "fp16", "bf16"]
@@ -44,10 +45,13 @@ def export_packed(model: PreTrainedModel, max_tokens: int, path: Path, precision
     assert_precision(path, precision)
 
 
-def export_padded(model: PreTrainedModel, max_tokens: int, path: Path) -> None:
-    """Write the padded graph; see `PaddedBert` for its input."""
-    ids = torch.ones((3, 7), dtype=torch.int32)
-    _export(PaddedBert(model, max_tokens), (ids,), {"input_ids": {0: Dim("texts"), 1: Dim("longest")}}, path)
+def export_padded(model: PreTrainedModel, max_tokens: int, path: Path, precision: FloatPrecision = "fp32") -> None:
+    """Write the padded graph; see `PaddedBert` for its inputs, which do not depend on the precision."""
+    arguments = (torch.ones((3, 7), dtype=torch.int32), torch.zeros((3, 2), dtype=torch.int32))
+    texts = Dim("texts")
+    shapes = {"input_ids": {0: texts, 1: Dim("longest")}, "span": {0: texts, 1: Dim("span")}}
+    _export(PaddedBert(model, max_tokens, _TYPES[precision]), arguments, shapes, path)
+    assert_precision(path, precision)
 
 
 def _export(

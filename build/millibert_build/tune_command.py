@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from millibert._errors import UsageError
 from millibert_build import scenario as scenarios
-from millibert_build.build_command import add_scenario_arguments, prepare_threads, scenario_of, toml_value, work_folder
+from millibert_build.build_command import (
+    add_scenario_arguments,
+    prepare_threads,
+    scenario_of,
+    tensorrt_of,
+    toml_value,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     from millibert_build.pipeline import Release
@@ -60,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from millibert_build.pipeline import Place, Plan, build_best
 
     work = args.work or work_folder(scenario.name)
-    place = Place(args.engine, args.precision, args.out, work, args.tensorboard)
-    plan = Plan(unpruned=True, pruned={work / _FOLDER / _file_name(way): way for way in ways})
+    place = Place(args.engine, args.precision, args.out, work, args.tensorboard, tensorrt_of(args))
+    pruned = {work / _FOLDER / _file_name(way): way for way in ways}
+    plan = Plan(unpruned=True, pruned=pruned, tensorrt=place.tensorrt is not None)
     unpruned = scenario.model_copy(update={"pruning": scenarios.Pruning()})
     release = build_best(unpruned, place, plan)
     rows = list(_rows(release))

@@ -129,7 +129,7 @@ def make_graph(shop: Workshop, precision: str, splits: Splits) -> tuple[Path, st
     outcome = quantize_to_gate(
         shop.fp32,
         out,
-        _calibration_batches(shop, splits),
+        calibration_batches(shop, splits),
         lambda path: _verdict(shop, path),
         lambda activations: _ranking(shop, activations),
         shop.scenario.quantization.max_excluded,
@@ -149,7 +149,7 @@ def _ranking(shop: Workshop, activations: Mapping[str, Activations]) -> list[Eff
     return sensitivity(shop.fp32, activations, lambda path: shop.logits("int8", path, ids), reference, scratch)
 
 
-def _calibration_batches(shop: Workshop, splits: Splits) -> list[dict[str, npt.NDArray[np.generic]]]:
+def calibration_batches(shop: Workshop, splits: Splits) -> list[dict[str, npt.NDArray[np.generic]]]:
     """Some of the training texts, packed as the server packs them."""
     count = min(shop.scenario.quantization.calibration_texts, len(splits.train))
     chosen = random.Random(shop.scenario.training.seed).sample(splits.train, count)  # noqa: S311 - texts

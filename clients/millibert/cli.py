@@ -28,6 +28,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "build": Command("millibert_build.build_command", "labelled text to a Triton model repository", "build"),
     "tune": Command("millibert_build.tune_command", "the fastest of several ways to prune and quantise", "build"),
+    "engine": Command("millibert_build.engine_command", "the TensorRT plan of a release, on its GPU node", "engine"),
+    "preflight": Command("millibert_ensemble.preflight_command", "whether this machine can serve a repository", None),
+    "verify-gpu": Command(
+        "millibert_build.verify_command", "build, check and measure the plan on a GPU node", "engine"
+    ),
     "bench-engine": Command("millibert_build.bench_engine", "packed against padded, in process", "build"),
     "bench-gpu": Command("millibert_build.bench_gpu", "packed against padded on a CUDA GPU, in PyTorch", "build"),
     "serve": Command("millibert_ensemble.serve_command", "run Triton on a model repository", "serve"),

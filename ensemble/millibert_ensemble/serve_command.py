@@ -19,7 +19,13 @@ import os
 import sys
 from pathlib import Path
 
+from millibert._errors import UsageError
+from millibert_ensemble import contract
+from millibert_ensemble.machine import this_machine
 from millibert_ensemble.ports import LOCALHOST, Ports
+from millibert_ensemble.preflight import preflight
+from millibert_ensemble.preflight_command import describe
+from millibert_ensemble.repository_check import CONFIG_NAME
 from millibert_ensemble.server import TritonServer, has_gpu
 from millibert_ensemble.supervisor import Supervisor
 
@@ -49,6 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="default: %(default)s; 0: any free one",
         )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "cpu", "tensorrt"),
+        default="auto",
+        help="auto: the TensorRT plan where the release has one that fits this machine, else the CPU engine",
+    )
     parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
     parser.add_argument("--verbose", action="store_true", help="let Triton log what it loads")
 
@@ -56,12 +68,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop; returns the exit status."""
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
-    server = TritonServer(args.repository, host=args.host, ports=ports, verbose=args.verbose)
+    options = _engine_options(args.repository, args.engine)
+    server = TritonServer(args.repository, host=args.host, ports=ports, verbose=args.verbose, options=options)
     _report(f"starting Triton on {server.repository}")
     if not has_gpu():
         _report("no NVIDIA GPU here: what Triton logs about CUDA means just that")
     announce = _announce_json if args.json else _announce
     return Supervisor(server, announce=lambda: announce(server), report=_report).run()
+
+
+def _engine_options(repository: Path, wanted: str) -> list[str]:
+    """What tritonserver must be told to serve the wanted engine; raises `UsageError` where it cannot."""
+    has_graph = (repository / contract.BERT / "configs" / f"{CONFIG_NAME}.pbtxt").is_file()
+    if wanted == "cpu" or (wanted == "auto" and not has_graph):
+        return []
+    verdict = preflight(repository, this_machine())
+    if verdict.answer == "broken" or (wanted == "tensorrt" and verdict.engine != "tensorrt"):
+        reasons = "; ".join(verdict.reasons or verdict.remarks)
+        advice = f"; build the plan here: {verdict.command}" if verdict.command else ""
+        raise UsageError(f"{repository}: {verdict.answer}: {reasons}{advice}")
+    for line in describe(verdict).splitlines():
+        _report(line)
+    return verdict.options
 
 
 def _announce(server: TritonServer) -> None:

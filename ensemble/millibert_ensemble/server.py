@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -35,18 +36,26 @@ class TritonServer:
     """One tritonserver process on one model repository, with its private workspace.
 
     `start` and `stop` may alternate; the ports stay the same. The server is killed when the thread that
-    started it ends. `host` is the address to listen on. Raises UsageError for a repository without a
-    service, a port that is taken and a machine without a usable tritonserver.
+    started it ends. `host` is the address to listen on; `options` are more arguments of
+    tritonserver. Raises UsageError for a repository without a service, a port that is taken and a machine
+    without a usable tritonserver.
     """
 
     def __init__(
-        self, repository: Path, *, host: str = LOCALHOST, ports: Ports = ANY_PORTS, verbose: bool = False
+        self,
+        repository: Path,
+        *,
+        host: str = LOCALHOST,
+        ports: Ports = ANY_PORTS,
+        verbose: bool = False,
+        options: Sequence[str] = (),
     ) -> None:
         self.repository = repository.resolve()
         self.services = readiness.services(self.repository)
         installation.locate()
         self.host, self.ports = reserve(host, ports)
         self.verbose = verbose
+        self.options = options
         self._workspace: workspace.Workspace | None = None
         self._installation: installation.Installation | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -199,6 +208,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._workspace.region_prefix}",
             # By default a model has 30 s to initialise; compiling one may take longer.
             f"--backend-config=python,stub-timeout-seconds={START_SECONDS:.0f}",
+            *self.options,
         ]
         if not has_gpu():
             # Spares the log three warnings about what is not there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class TritonPythonModel:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         folder = Path(args["model_repository"]) / args["model_version"]
         self._tokenizer = load(folder / "tokenizer.json")
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        self._buckets = json.loads(parameters.get("buckets", {"string_value": "[]"})["string_value"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
@@ -31,7 +34,7 @@ class TritonPythonModel:
             except ValueError as error:
                 refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
                 responses[index] = pb_utils.InferenceResponse(error=refusal)
-        for index, tokens in zip(good, tokenize(self._tokenizer, list(good.values())), strict=True):
+        for index, tokens in zip(good, tokenize(self._tokenizer, list(good.values()), self._buckets), strict=True):
             responses[index] = pb_utils.InferenceResponse(
                 [
                     pb_utils.Tensor("input_ids", tokens.input_ids),

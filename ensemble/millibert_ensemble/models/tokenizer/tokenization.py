@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 class Tokens(NamedTuple):
     """One request's rows."""
 
-    input_ids: npt.NDArray[np.int32]  # [B, L], padded with 0 to the longest row
-    span: npt.NDArray[np.int32]  # [B, ceil(L / B)] zeros
+    input_ids: npt.NDArray[np.int32]  # [B, L], padded with 0 to the longest row, or to the bucket it fits into
+    span: npt.NDArray[np.int32]  # [B, ceil(L / B)] zeros; [B, 1] with buckets
     truncated: npt.NDArray[np.bool_]  # [B, 1]
 
 
@@ -39,17 +39,23 @@ def decode(texts: npt.NDArray[np.object_]) -> list[str]:
     return decoded
 
 
-def tokenize(tokenizer: Tokenizer, requests: Sequence[Sequence[str]]) -> list[Tokens]:
-    """All texts of all requests in one call of the tokenizer; one `Tokens` per request."""
+def tokenize(tokenizer: Tokenizer, requests: Sequence[Sequence[str]], buckets: Sequence[int] = ()) -> list[Tokens]:
+    """All texts of all requests in one call of the tokenizer; one `Tokens` per request.
+
+    With buckets, lengths in ascending order, rows are padded to the first that holds them: Triton merges requests of
+    equal shape only.
+    """
     encodings = iter(tokenizer.encode_batch_fast([text for texts in requests for text in texts]))
-    return [_tokens([next(encodings) for _ in texts]) for texts in requests]
+    return [_tokens([next(encodings) for _ in texts], buckets) for texts in requests]
 
 
-def _tokens(encodings: list) -> Tokens:  # type: ignore[type-arg] # of tokenizers.Encoding, which has no stubs
+def _tokens(encodings: list, buckets: Sequence[int]) -> Tokens:  # type: ignore[type-arg] # Encoding has no stubs
     rows = [encoding.ids for encoding in encodings]
     longest = max(map(len, rows))
-    input_ids = np.zeros((len(rows), longest), np.int32)
+    width = next((bucket for bucket in buckets if bucket >= longest), longest)
+    input_ids = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(input_ids, rows, strict=True):
         row[: len(ids)] = ids
     truncated = np.array([[bool(encoding.overflowing)] for encoding in encodings])
-    return Tokens(input_ids, np.zeros((len(rows), -(-longest // len(rows))), np.int32), truncated)
+    span = 1 if buckets else -(-longest // len(rows))
+    return Tokens(input_ids, np.zeros((len(rows), span), np.int32), truncated)
