@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -168,3 +169,26 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     done = made.build(made.repository, None, "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     return made
+
+
+@pytest.fixture(scope="session", params=["packed", "padded"])
+def tensorrt_release(
+    request: pytest.FixtureRequest, release: Release, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same checkpoint with a graph for TensorRT, in each layout; tests work on copies of it."""
+    out = tmp_path_factory.mktemp("tensorrt") / "repository"
+    done = release.build(out, None, "--precision", "fp32", "--tensorrt", "fp16", "--tensorrt-layout", request.param)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def repository(tensorrt_release: Path, tmp_path: Path) -> Path:
+    """A copy of its own, made of hard links: what a test changes it must write anew, not in place."""
+    return Path(shutil.copytree(tensorrt_release, tmp_path / "repository", copy_function=os.link))
+
+
+def rewrite(path: Path, content: str | bytes) -> None:
+    """Give a file new content without touching what other links to it see."""
+    path.unlink()
+    path.write_bytes(content.encode() if isinstance(content, str) else content)

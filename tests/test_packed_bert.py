@@ -126,7 +126,9 @@ def test_the_padded_twin_agrees(model, tmp_path):
     ids = np.zeros((4, LIMIT), np.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
-    logits = onnxruntime.InferenceSession(tmp_path / "padded.onnx").run(None, {"input_ids": ids})[0]
+    logits = onnxruntime.InferenceSession(tmp_path / "padded.onnx").run(
+        None, {"input_ids": ids, "span": np.zeros((4, 1), np.int32)}
+    )[0]
     np.testing.assert_allclose(logits, reference(model, rows), atol=TOLERANCE, rtol=0)
 
 

@@ -3,7 +3,7 @@
 A batch of N texts with T tokens in all is one row of tokens, all texts end to end. Everything that works on
 single tokens (embeddings, projections, norms, feed-forward: nearly all of the arithmetic) runs on [T, ·] and
 sees no padding. Only attention needs to know which tokens share a text: around it, tokens are gathered to a
-[N, S, ·] grid, S the longest text, and scattered back. Gathers, cumulative sums and comparisons suffice, so
+[N, S, ·] grid, S the longest text, and scattered back. Gathers, sums and comparisons suffice, so
 the graph is plain ONNX, in operators and types that TensorRT documents (`tensorrt/operators.json`).
 
 Under Triton's native backends the packed inputs come from ragged batching, and the graph guards against what
@@ -235,8 +235,14 @@ def check_architecture(model: PreTrainedModel, max_tokens: int) -> None:
 
 
 def _cumulative(counts: Tensor) -> Tensor:
-    """Cumulative sum [N] int32, added up in float32: TensorRT has none of integers. Exact up to 2^24 tokens."""
-    return torch.cumsum(counts.to(torch.float32), 0).to(torch.int32)
+    """Cumulative sum [N] int32, by a triangle of integers.
+
+    TensorRT documents CumSum of floating types only, and OpenVINO under bf16 computes one of those in bf16, which
+    cannot count past 256.
+    """
+    row = torch.arange(counts.shape[0], dtype=torch.int32)
+    until = row[None, :] <= row[:, None]
+    return torch.where(until, counts[None, :], 0).sum(1, dtype=torch.int32)
 
 
 def _mask(grid_ids: Tensor, inside: Tensor, column: Tensor) -> Tensor:

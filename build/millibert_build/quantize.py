@@ -169,23 +169,22 @@ def sensitivity(
 def quantize_to_gate(
     source: Path,
     out: Path,
-    batches: Iterable[Batch],
+    activations: Mapping[str, Activations],
     judge: Callable[[Path], Verdict],
-    rank: Callable[[Mapping[str, Activations]], Sequence[Effect]],
+    rank: Callable[[], Sequence[Effect]],
     max_excluded: int,
 ) -> Outcome:
     """Quantise all products; while the verdict is no, leave the most harmful ones out, one more at a time.
 
     `rank` orders the products, most harmful first (see `sensitivity`); it is asked only if the first verdict is no.
     """
-    activations = calibrate(source, batches)
     done = write_quantized(source, out, activations)
     attempts = [Attempt((), judge(out))]
     effects: Sequence[Effect] = ()
     # At least one product is int8, else it is another precision.
     limit = min(max_excluded, len(activations) - 1)
     while not attempts[-1].verdict.passed and len(attempts) <= limit:
-        effects = effects or rank(activations)
+        effects = effects or rank()
         excluded = tuple(effect.product for effect in effects[: len(attempts)])
         done = write_quantized(source, out, activations, excluded)
         attempts.append(Attempt(excluded, judge(out)))

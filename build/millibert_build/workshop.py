@@ -16,7 +16,15 @@ from millibert_build.dataset import Example, Splits
 from millibert_build.engine import Floats, open_engine, run_packed
 from millibert_build.evaluate import Comparison, GateError, check_gates, check_pruning_gates, compare
 from millibert_build.export import export_packed
-from millibert_build.quantize import Activations, Effect, Verdict, quantize_dynamic, quantize_to_gate, sensitivity
+from millibert_build.quantize import (
+    Activations,
+    Effect,
+    Verdict,
+    quantize_dynamic,
+    quantize_to_gate,
+    sensitivity,
+)
+from millibert_build.quantize import calibrate as calibrate_activations
 from millibert_build.scenario import Engine, Scenario
 from millibert_build.sparsify import check_sparsity
 from millibert_build.stages import Trained
@@ -126,19 +134,25 @@ def make_graph(shop: Workshop, precision: str, splits: Splits) -> tuple[Path, st
         return out, ""
     if precision != "int8":
         return shop.fp32, ""
+    return out, quantize(shop, shop.fp32, out, splits, lambda path: shop.logits("int8", path, shop.validation.ids))
+
+
+def quantize(shop: Workshop, source: Path, out: Path, splits: Splits, logits: Callable[[Path], Floats]) -> str:
+    """Quantise a graph of the checkpoint; `logits` runs the result on the validation texts. Returns what was done."""
+    activations = calibrate_activations(shop.fp32, _calibration_batches(shop, splits))
     outcome = quantize_to_gate(
-        shop.fp32,
+        source,
         out,
-        calibration_batches(shop, splits),
-        lambda path: _verdict(shop, path),
-        lambda activations: _ranking(shop, activations),
+        activations,
+        lambda path: _verdict(shop, logits(path)),
+        lambda: _ranking(shop, activations),
         shop.scenario.quantization.max_excluded,
     )
-    return out, outcome.describe()
+    return outcome.describe()
 
 
-def _verdict(shop: Workshop, path: Path) -> Verdict:
-    found = shop.compare(shop.logits("int8", path, shop.validation.ids), shop.validation)
+def _verdict(shop: Workshop, logits: Floats) -> Verdict:
+    found = shop.compare(logits, shop.validation)
     figures = f"agreement {found.agreement:.4f}, {found.score_name} loss {found.loss:+.4f}"
     return Verdict(shop.refusal("int8", found, "validation") is None, figures)
 
@@ -149,7 +163,7 @@ def _ranking(shop: Workshop, activations: Mapping[str, Activations]) -> list[Eff
     return sensitivity(shop.fp32, activations, lambda path: shop.logits("int8", path, ids), reference, scratch)
 
 
-def calibration_batches(shop: Workshop, splits: Splits) -> list[dict[str, npt.NDArray[np.generic]]]:
+def _calibration_batches(shop: Workshop, splits: Splits) -> list[dict[str, npt.NDArray[np.generic]]]:
     """Some of the training texts, packed as the server packs them."""
     count = min(shop.scenario.quantization.calibration_texts, len(splits.train))
     chosen = random.Random(shop.scenario.training.seed).sample(splits.train, count)  # noqa: S311 - texts

@@ -71,9 +71,9 @@ def preflight(repository: Path, machine: Machine) -> Verdict:
     if "tensorrt" not in check.manifest:
         remark = "built without a TensorRT graph (`millibert build --tensorrt fp16` adds one)"
         return Verdict("usable", "cpu", (), (*check.remarks, remark), None, machine, None)
-    if not machine.gpus:
-        return _fall_back("no NVIDIA GPU here (nvidia-smi is missing or lists none)", check, machine)
     plan, reasons = _plan(bert, check)
+    if not machine.gpus:
+        return _fall_back("no NVIDIA GPU here (nvidia-smi is missing or lists none)", check, machine, plan)
     if plan is not None:
         reasons += plan.misfits(machine)
     if reasons:
@@ -85,7 +85,7 @@ def preflight(repository: Path, machine: Machine) -> Verdict:
     return Verdict("usable", "tensorrt", (), (*check.remarks, *plan.remarks(machine)), None, machine, plan)
 
 
-def _fall_back(reason: str, check: Check, machine: Machine, plan: PlanManifest | None = None) -> Verdict:
+def _fall_back(reason: str, check: Check, machine: Machine, plan: PlanManifest | None) -> Verdict:
     return Verdict("fall back", "cpu", (reason,), check.remarks, None, machine, plan)
 
 

@@ -14,11 +14,10 @@ import numpy as np
 from millibert_build.dataset import Splits
 from millibert_build.evaluate import Comparison, GateError
 from millibert_build.export import FloatPrecision, export_packed, export_padded
-from millibert_build.quantize import calibrate, write_quantized
 from millibert_build.tensorrt.readable import check_readable
 from millibert_build.tensorrt.run_graph import run_graph
 from millibert_build.tensorrt.target import SECTION, Layout, Precision, Target
-from millibert_build.workshop import Measured, Workshop, calibration_batches
+from millibert_build.workshop import Measured, Workshop, quantize
 from millibert_ensemble.hashing import file_sha256
 
 # What stays in floating point in an int8 graph.
@@ -72,5 +71,6 @@ def _quantize(shop: Workshop, layout: Layout, splits: Splits, path: Path) -> Non
     """Q/DQ around the products of a half graph, with scales from the fp32 graph's activations."""
     half = path.with_suffix(".half.onnx")
     _EXPORTS[layout](shop.trained.model, shop.scenario.max_tokens, half, _BESIDE_INT8)
-    write_quantized(half, path, calibrate(shop.fp32, calibration_batches(shop, splits)))
+    texts, ids = shop.scenario.max_texts, shop.validation.ids
+    quantize(shop, half, path, splits, lambda made: run_graph(made, "int8", layout, ids, texts))
     half.unlink()

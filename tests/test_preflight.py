@@ -1,0 +1,307 @@
+"""`millibert preflight`: each kind of mismatch and damage has its own message and exit status."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.conftest import rewrite
+
+from millibert import cli
+from millibert_ensemble import machine, preflight_command, serve_command
+from millibert_ensemble.hashing import file_sha256
+from millibert_ensemble.machine import Gpu, Machine
+from millibert_ensemble.plan_manifest import PlanManifest, load_plan_manifest
+from millibert_ensemble.preflight import preflight
+
+H100, A100, T4 = (
+    Gpu("NVIDIA H100", "9.0", 80 << 30, "580.1"),
+    Gpu("NVIDIA A100", "8.0", 40 << 30, "580.1"),
+    Gpu("Tesla T4", "7.5", 16 << 30, "580.1"),
+)
+H200 = Gpu("NVIDIA H200", "9.0", 141 << 30, "580.1")
+HERE = Machine("11.4.1", (H100,))
+
+
+def write_plan(repository, **changes):
+    """A plan, and the manifest that `millibert engine` would write for it."""
+    bert = repository / "bert" / "1"
+    target = json.loads((repository / "release.json").read_text())["tensorrt"]
+    (bert / "model.plan").write_bytes(b"a plan")
+    manifest = PlanManifest(
+        created="2026-11-24T00:00:00+00:00",
+        onnx_sha256=file_sha256(bert / "tensorrt.onnx"),
+        plan_sha256=file_sha256(bert / "model.plan"),
+        precision=target["precision"],
+        layout=target["layout"],
+        tensorrt="11.4.1",
+        gpu=H100,
+        hardware_compatibility="none",
+        version_compatible=False,
+        sparse=False,
+        tf32=False,
+        optimization_level=3,
+        workspace_bytes=1,
+        labels=10,
+        profiles=({"input_ids": {"min": (1,), "opt": (2,), "max": (3,)}},),
+        seconds=60.0,
+    )
+    changed = dataclasses.replace(manifest, **changes)
+    (bert / "plan.json").write_text(json.dumps(changed.as_json()))
+    return changed
+
+
+@pytest.fixture
+def planned(repository):
+    write_plan(repository)
+    return repository
+
+
+def test_a_plan_of_this_machine_is_usable(planned):
+    verdict = preflight(planned, HERE)
+    assert (verdict.answer, verdict.engine, verdict.reasons) == ("usable", "tensorrt", ())
+    assert verdict.options == ["--model-config-name=tensorrt"]
+
+
+def test_a_plan_manifest_survives_the_round_trip(planned):
+    written = write_plan(planned)
+    assert load_plan_manifest(planned / "bert" / "1" / "plan.json") == written
+
+
+MISFITS: dict[str, tuple[dict[str, Any], Machine, str | None]] = {
+    "another patch": ({}, Machine("11.4.2", (H100,)), "built with TensorRT 11.4.1; this machine has 11.4.2"),
+    "a newer one, compatible": ({"version_compatible": True}, Machine("11.5.0", (H100,)), None),
+    "an older one, compatible": ({"version_compatible": True}, Machine("11.3.0", (H100,)), "this machine has 11.3.0"),
+    "10 in 11": ({"version_compatible": True, "tensorrt": "10.9.0"}, HERE, None),
+    "10 in 11, not compatible": ({"tensorrt": "10.9.0"}, HERE, "built with TensorRT 10.9.0"),
+    "8 in 11": ({"version_compatible": True, "tensorrt": "8.6.1"}, HERE, "built with TensorRT 8.6.1"),
+    "another capability": (
+        {},
+        Machine("11.4.1", (A100,)),
+        "capability 9.0 (NVIDIA H100); this machine's NVIDIA A100 has 8.0",
+    ),
+    "one of two GPUs": ({}, Machine("11.4.1", (H100, A100)), "this machine's NVIDIA A100 has 8.0"),
+    "ampere and newer": ({"hardware_compatibility": "ampere_plus"}, Machine("11.4.1", (A100,)), None),
+    "older than ampere": ({"hardware_compatibility": "ampere_plus"}, Machine("11.4.1", (T4,)), "Tesla T4 has 7.5"),
+    "same capability": ({"hardware_compatibility": "same_compute_capability"}, Machine("11.4.1", (H200,)), None),
+    "another model": ({}, Machine("11.4.1", (H200,)), None),
+    "another graph": ({"onnx_sha256": "0"}, HERE, "built from another graph than tensorrt.onnx"),
+    "another plan": ({"plan_sha256": "0"}, HERE, "model.plan is not the file that plan.json describes"),
+    "another precision": ({"precision": "bf16"}, HERE, "the plan is bf16"),
+    "another head": ({"labels": 9}, HERE, "the plan has 9 labels; the release has 10"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_plan_that_does_not_fit_must_be_rebuilt(repository, case):
+    changes, here, reason = MISFITS[case]
+    write_plan(repository, **changes)
+    verdict = preflight(repository, here)
+    if reason is None:
+        assert (verdict.answer, verdict.engine) == ("usable", "tensorrt"), verdict.reasons
+    else:
+        assert (verdict.answer, verdict.engine) == ("rebuild", "cpu")
+        assert reason in " ".join(verdict.reasons)
+        assert verdict.command == f"millibert engine --repository {repository}"
+
+
+def test_another_gpu_of_the_same_capability_is_worth_a_remark(planned):
+    assert any("tuned on NVIDIA H100" in remark for remark in preflight(planned, Machine("11.4.1", (H200,))).remarks)
+
+
+def test_no_plan_and_an_unreadable_manifest_must_be_rebuilt(repository):
+    assert preflight(repository, HERE).reasons == ("there is no plan yet (bert/1/model.plan)",)
+    write_plan(repository)
+    (repository / "bert" / "1" / "plan.json").write_text("{}")
+    verdict = preflight(repository, HERE)
+    assert verdict.answer == "rebuild"
+    assert "plan.json: not a plan's manifest" in verdict.reasons[0]
+
+
+def test_a_version_compatible_plan_needs_an_option_of_triton(repository):
+    write_plan(repository, version_compatible=True)
+    assert "--backend-config=tensorrt,version-compatible=true" in preflight(repository, HERE).options
+
+
+@pytest.mark.parametrize(
+    ("here", "reason"),
+    [(Machine("11.4.1", ()), "no NVIDIA GPU here"), (Machine(None, (H100,)), "no TensorRT library")],
+)
+def test_without_gpu_or_library_it_falls_back(planned, here, reason):
+    verdict = preflight(planned, here)
+    assert (verdict.answer, verdict.engine, verdict.options) == ("fall back", "cpu", [])
+    assert reason in verdict.reasons[0]
+
+
+def test_a_release_without_a_graph_is_usable_on_the_cpu(release):
+    verdict = preflight(release.repository, HERE)
+    assert (verdict.answer, verdict.engine) == ("usable", "cpu")
+    assert "millibert build --tensorrt fp16" in verdict.remarks[-1]
+
+
+def change_config(repository, name, before, after):
+    path = repository / name
+    text = path.read_text()
+    assert before in text
+    rewrite(path, text.replace(before, after, 1))
+
+
+DAMAGE = {
+    "no manifest": (lambda r: (r / "release.json").unlink(), "release.json: not a release's manifest: No such file"),
+    "half a manifest": (
+        lambda r: rewrite(r / "release.json", '{"name": "x"'),
+        "release.json: not a release's manifest",
+    ),
+    "a missing file": (lambda r: (r / "tokenizer/1/tokenizer.json").unlink(), "tokenizer/1/tokenizer.json: missing"),
+    "a changed file": (
+        lambda r: rewrite(r / "bert/1/model.onnx", b"x"),
+        "bert/1/model.onnx: changed since it was built",
+    ),
+    "other labels": (lambda r: rewrite(r / "postprocess/1/labels.json", '["a"]'), "labels.json: not the labels of"),
+    "labels in a config": (
+        lambda r: change_config(r, "support/config.pbtxt", "track_order", "track"),
+        "support/config.pbtxt: not the labels of release.json",
+    ),
+    "an unknown field": (
+        lambda r: change_config(r, "bert/config.pbtxt", "max_batch_size", "max_batch_sise"),
+        "bert/config.pbtxt: not a Triton model configuration",
+    ),
+    "no config": (lambda r: (r / "bert/config.pbtxt").unlink(), "bert/config.pbtxt: missing"),
+    "another name": (
+        lambda r: change_config(r, "bert/config.pbtxt", 'name: "bert"', 'name: "bart"'),
+        "names the model 'bart'; its folder is 'bert'",
+    ),
+    "another type": (
+        lambda r: change_config(r, "postprocess/config.pbtxt", "TYPE_FP32", "TYPE_FP16"),
+        "logits: bert makes TYPE_FP32, postprocess takes TYPE_FP16",
+    ),
+    "another shape": (
+        lambda r: change_config(r, "support/config.pbtxt", "dims: 1\n", "dims: 2\n"),
+        "TEXT: support makes the shape [2], tokenizer takes [1]",
+    ),
+    "another head": (
+        lambda r: change_config(r, "bert/config.pbtxt", "dims: 10", "dims: 11"),
+        "bert: makes logits of shape [11]; the release has 10 labels",
+    ),
+    "another head of the plan": (
+        lambda r: change_config(r, "bert/configs/tensorrt.pbtxt", "dims: 10", "dims: 11"),
+        "bert: makes logits of shape [11]; the release has 10 labels",
+    ),
+    "an unknown step": (
+        lambda r: change_config(r, "support/config.pbtxt", 'model_name: "postprocess"', 'model_name: "preprocess"'),
+        "its step 'preprocess' is no model of this repository",
+    ),
+    "an input that nothing feeds": (
+        lambda r: change_config(r, "support/config.pbtxt", 'key: "logits"', 'key: "logit"'),
+        "",
+    ),
+    "another batch limit": (
+        lambda r: change_config(r, "tokenizer/config.pbtxt", "max_batch_size: 16", "max_batch_size: 8"),
+        "the models differ in max_batch_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named_and_breaks_the_repository(planned, case, capsys):
+    damage, message = DAMAGE[case]
+    damage(planned)
+    assert cli.main(["preflight", "--repository", str(planned)]) == 1
+    output = capsys.readouterr().out
+    assert output.startswith("broken\n")
+    assert message in output
+
+
+def test_an_operators_change_of_a_config_is_a_remark(planned):
+    change_config(planned, "tokenizer/config.pbtxt", "count: 1", "count: 2")
+    verdict = preflight(planned, HERE)
+    assert verdict.answer == "usable"
+    assert "tokenizer/config.pbtxt: changed since it was built" in verdict.remarks
+
+
+@pytest.mark.parametrize(
+    ("here", "status"), [(HERE, 0), (Machine("10.9.0", (H100,)), 3), (Machine("11.4.1", ()), 4)], ids=str
+)
+def test_exit_status_text_and_json(planned, monkeypatch, capsys, here, status):
+    monkeypatch.setattr(preflight_command, "this_machine", lambda: here)
+    assert cli.main(["preflight", "--repository", str(planned), "--json"]) == status
+    document = json.loads(capsys.readouterr().out)
+    assert document["exit_status"] == status
+    assert document["machine"]["tensorrt"] == here.tensorrt
+    assert document["plan"]["labels"] == 10
+    assert cli.main(["preflight", "--repository", str(planned)]) == status
+    text = capsys.readouterr().out
+    assert text.startswith(document["answer"])
+    assert all(reason in text for reason in document["reasons"])
+
+
+def test_a_missing_repository_is_wrong_input(tmp_path, capsys):
+    assert cli.main(["preflight", "--repository", str(tmp_path / "none")]) == 1
+    assert "no model repository at" in capsys.readouterr().err
+
+
+def test_it_runs_without_any_extra(planned):
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'pydantic', 'onnx', 'openvino', 'tokenizers', 'psutil'):\n"
+        "    sys.modules[name] = None\n"
+        "from millibert import cli\n"
+        f"raise SystemExit(cli.main(['preflight', '--repository', {str(planned)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode in (3, 4), done.stdout + done.stderr
+
+
+def test_serve_takes_the_engine_that_fits(planned, monkeypatch):
+    monkeypatch.setattr(serve_command, "this_machine", lambda: HERE)
+    options = serve_command._engine_options
+    assert options(planned, "auto") == options(planned, "tensorrt") == ["--model-config-name=tensorrt"]
+    assert options(planned, "cpu") == []
+    monkeypatch.setattr(serve_command, "this_machine", lambda: Machine("10.9.0", (H100,)))
+    assert options(planned, "auto") == []
+
+
+def test_serve_says_why_it_cannot_take_the_plan(planned, monkeypatch, capsys):
+    monkeypatch.setattr(serve_command, "this_machine", lambda: Machine(None, ()))
+    command = ["serve", "--repository", str(planned), "--engine", "tensorrt", "--grpc-port=0", "--http-port=0"]
+    assert cli.main(command) == 1
+    assert "fall back: no NVIDIA GPU here" in capsys.readouterr().err
+
+
+def test_the_driver_is_asked_for_gpus(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 81559, 580.105.08'\necho 'Tesla T4, 7.5, 15360, 580.1'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.gpus() == (
+        Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559 << 20, "580.105.08"),
+        Gpu("Tesla T4", "7.5", 15360 << 20, "580.1"),
+    )
+    for answer in ("echo 'No devices were found'", "exit 9"):
+        smi.write_text(f"#!/bin/sh\n{answer}\n")
+        assert machine.gpus() == ()
+    smi.unlink()
+    assert machine.gpus() == ()
+
+
+def test_the_library_is_asked_for_its_version(monkeypatch):
+    def load(name):
+        if name != "libnvinfer.so.10":
+            raise OSError(name)
+        return SimpleNamespace(getInferLibVersion=lambda: 101501)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert machine.tensorrt_version() == "10.15.1"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.1.2"))
+    assert machine.tensorrt_version() == "11.4.1"
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert machine.tensorrt_version() is None
