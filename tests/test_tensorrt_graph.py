@@ -154,6 +154,7 @@ def test_every_batch_that_triton_can_make_fits_a_profile(texts):
     extremes += [
         [Request([[1] * LIMIT] * 16)],
         [Request([[1, 2]] * 16)],
+        [Request([[1, 2]])] * 16,  # many texts of few tokens: the profile of a single text is nearest
         [Request([[1] * LIMIT] * 15), Request([[1, 2]])],
     ]
     for requests in (*extremes, *(random_requests(generator, texts, 16) for _ in range(200))):
@@ -171,7 +172,7 @@ def test_profiles_are_taken_by_what_they_are_for():
             "span": [11 * texts],
         }
         assert nearest(profiles, shapes) == number
-    too_many = {"input_ids": [17], "lengths": [17], "max_length": [1], "span": [17]}
+    too_many = {"input_ids": [16 * LIMIT + 1], "lengths": [17], "max_length": [1], "span": [17]}
     with pytest.raises(ValueError, match="no profile of the plan accepts"):
         nearest(profiles, too_many)
 

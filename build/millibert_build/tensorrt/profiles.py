@@ -8,8 +8,10 @@ A packed plan sees tokens, texts and the longest text; Triton's ragged batching 
   is at least L and at most L + B - 1;
 - `span` the sum of these over all requests, never more than the tokens.
 
-Triton takes the profile whose optimum is nearest to the batch (tensorrt_backend, `GetMostOptimizedProfile`), so the
-profiles differ in their optimum: a single text, as at low load; a few; a full batch.
+Triton takes the profile whose optimum is nearest, and looks only at the inputs that requests carry,
+`input_ids` and `span`, not at those it derives (tensorrt_backend, `EvaluateTensorRTContext`). So a profile must accept as
+many texts as its tokens can be, and the profiles differ in their optimum: a single text, as at low load; a few; a full
+batch.
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ def profiles_of(target: Target) -> list[Profile]:
     return [_padded(target, bucket) for bucket in target.buckets]
 
 
+# What the choice of a profile depends on.
+_CARRIED = ("input_ids", "span")
+
+
 def accepts(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether inputs of these shapes are within a profile."""
     return all(_inside(profile[name], shape) for name, shape in shapes.items())
@@ -48,14 +54,15 @@ def accepts(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> bool:
 
 def nearest(profiles: Sequence[Profile], shapes: Mapping[str, Sequence[int]]) -> int:
     """The number of the profile that Triton would take; raises ValueError where none accepts the shapes."""
+    carried = {name: shapes[name] for name in _CARRIED}
     distances = {
         number: sum(
             abs(size - best)
-            for name, shape in shapes.items()
+            for name, shape in carried.items()
             for size, best in zip(shape, profile[name].opt, strict=True)
         )
         for number, profile in enumerate(profiles)
-        if accepts(profile, shapes)
+        if accepts(profile, carried)
     }
     if not distances:
         raise ValueError(f"no profile of the plan accepts {dict(shapes)}")
@@ -73,17 +80,18 @@ def _optima(target: Target) -> list[int]:
 
 
 def _packed(target: Target, texts: int) -> Profile:
-    most = texts if texts == 1 else target.max_texts
-    tokens, longest = texts * target.typical_tokens, min(2 * target.typical_tokens, target.max_tokens)
-    if texts == 1:
-        longest = target.typical_tokens
+    tokens = target.max_tokens * (1 if texts == 1 else target.max_texts)
+    most = min(target.max_texts, tokens)
     largest = {
-        "input_ids": most * target.max_tokens,
+        "input_ids": tokens,
         "lengths": most,
-        "max_length": target.max_tokens + most - 1,
-        "span": most * target.max_tokens,
+        "max_length": min(target.max_tokens + target.max_texts - 1, tokens),
+        "span": tokens,
     }
-    likely = {"input_ids": tokens, "lengths": texts, "max_length": longest, "span": tokens}
+    usual = texts * target.typical_tokens
+    # Of several texts the longest is longer than usual; twice is where most of them end.
+    longest = min(target.typical_tokens * (1 if texts == 1 else 2), target.max_tokens)
+    likely = {"input_ids": usual, "lengths": texts, "max_length": longest, "span": usual}
     return {name: Shapes((1,), (likely[name],), (largest[name],)) for name in largest}
 
 
