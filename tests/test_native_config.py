@@ -100,6 +100,8 @@ def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
     section = json.loads((out / "release.json").read_text())["tensorrt"]
     assert (section["precision"], section["layout"]) == ("bf16", "packed")
     assert section["test"]["agreement"] >= 0.99
+    stage = json.loads((release.work / "report.json").read_text())["stages"][-1]
+    assert (stage["name"], stage["passed"]) == ("TensorRT graph: bf16, packed", True)
 
 
 def test_a_graph_that_misses_its_gates_publishes_nothing(release, tmp_path):
@@ -109,6 +111,7 @@ def test_a_graph_that_misses_its_gates_publishes_nothing(release, tmp_path):
     done = release.build(out, None, "--precision", "fp32", "--tensorrt", "int8", *strict, *few)
     assert done.returncode == 1
     assert "the TensorRT graph (int8, packed)" in done.stderr
+    assert not json.loads((release.work / "report.json").read_text())["stages"][-1]["passed"]
     assert not out.exists()
 
 

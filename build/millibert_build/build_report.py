@@ -28,7 +28,7 @@ def report_of(findings: Findings, verdict: r.Verdict) -> r.Report:
         data=_data(findings),
         environment=_environment(findings),
         phases=tuple(_phase(shop) for shop in findings.shops),
-        stages=tuple(_stage(findings, variant) for variant in findings.variants),
+        stages=(*(_stage(findings, variant) for variant in findings.variants), *_tensorrt(findings)),
         candidates=candidates_of(findings) if _several(findings) else (),
         lineage=tuple(_lineage(findings)),
         **_on_test(findings),
@@ -73,8 +73,8 @@ def _stage(findings: Findings, variant: Variant) -> r.Stage:
     first = findings.shops[0]
     return r.Stage(
         name=variant.name,
-        validation=_measure(variant, variant.logits, variant.shop.validation, first, first.validation),
-        test=_measure(variant, tested.logits, findings.test[variant.shop], first, findings.test[first])
+        validation=_measure(variant.shop, variant.logits, variant.shop.validation, first, first.validation),
+        test=_measure(variant.shop, tested.logits, findings.test[variant.shop], first, findings.test[first])
         if tested is not None
         else None,
         size_bytes=variant.onnx.stat().st_size,
@@ -85,9 +85,22 @@ def _stage(findings: Findings, variant: Variant) -> r.Stage:
     )
 
 
-def _measure(variant: Variant, logits: Any, split: Measured, first: Workshop, baseline: Measured) -> r.Measure:
-    """A variant on one split, against the fine-tuned checkpoint in fp32."""
-    shop = variant.shop
+def _tensorrt(findings: Findings) -> Iterator[r.Stage]:
+    """The graph of a TensorRT plan, where one was asked for; its speed is a GPU's matter."""
+    graph, chosen, first = findings.tensorrt, findings.chosen, findings.shops[0]
+    if graph is None or chosen is None:
+        return
+    yield r.Stage(
+        name=f"TensorRT graph: {graph.target.precision}, {graph.target.layout}",
+        test=_measure(chosen.shop, graph.logits, findings.test[chosen.shop], first, findings.test[first]),
+        size_bytes=graph.onnx.stat().st_size,
+        passed=graph.refusal is None,
+        why_not=graph.refusal or "run on this CPU; no plan yet",
+    )
+
+
+def _measure(shop: Workshop, logits: Any, split: Measured, first: Workshop, baseline: Measured) -> r.Measure:
+    """A checkpoint's graph on one split, against the fine-tuned checkpoint in fp32."""
     single = shop.scenario.problem == "single_label"
     return r.measure(
         probabilities(shop, logits),

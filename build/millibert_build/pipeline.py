@@ -183,6 +183,8 @@ def _add_tensorrt(findings: Findings, place: Place, progress: Progress) -> None:
         shop = findings.chosen.shop
         findings.tensorrt = make_graph(shop, precision, layout, findings.splits, findings.test[shop])
         found = findings.tensorrt.comparison
+        if findings.tensorrt.refusal is not None:
+            raise GateError(f"the TensorRT graph ({precision}, {layout}): {findings.tensorrt.refusal}")
         progress.note(
             f"{layout} {precision} graph, run on this CPU: test {found.score_name} {found.engine_score:.4f}, agreement "
             f"{found.agreement:.4f}; on the GPU node: millibert engine --repository {place.out}"

@@ -8,10 +8,9 @@ A packed plan sees tokens, texts and the longest text; Triton's ragged batching 
   is at least L and at most L + B - 1;
 - `span` the sum of these over all requests, never more than the tokens.
 
-Triton takes the profile whose optimum is nearest, and looks only at the inputs that requests carry,
-`input_ids` and `span`, not at those it derives (tensorrt_backend, `EvaluateTensorRTContext`). So a profile must accept as
-many texts as its tokens can be, and the profiles differ in their optimum: a single text, as at low load; a few; a full
-batch.
+Triton takes the profile whose optimum is nearest, and looks only at the inputs that requests carry, `input_ids` and
+`span`, not at those it derives (tensorrt_backend, `EvaluateTensorRTContext`). So a profile must accept as many texts as
+its tokens can be, and the profiles differ in their optimum: a single text, as at low load; a few; a full batch.
 """
 
 from __future__ import annotations
