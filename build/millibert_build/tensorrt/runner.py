@@ -41,6 +41,9 @@ class PlanRunner:
     def infer(self, batch: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
         """Logits [texts, labels] of texts as token ids."""
         inputs = dict(arranged(self._padded(batch), self._target.layout))
+        if self._target.layout == "packed":
+            # As the tokenizer makes it for single texts; Triton's choice of a profile depends on it.
+            inputs["span"] = np.zeros(len(inputs["input_ids"]), np.int32)
         number = nearest(self._profiles, {name: values.shape for name, values in inputs.items()})
         if number != self._profile:
             self._runner.set_profile(number)
