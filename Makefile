@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 SCENARIO := build/scenarios/customer_service.toml
 REPOSITORY := model_repository
 
-.PHONY: demo build serve test lint format clean help
+.PHONY: demo build serve bench test lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test    environment, all tests (a real Triton serves a small real model)"
 	@echo "make build   the demo's model repository, in $(REPOSITORY)/"
 	@echo "make serve   serve $(REPOSITORY)/ until Ctrl-C"
+	@echo "make bench   the engine alone and served under load, on $(REPOSITORY)/ and DATA=..."
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the environment, checkpoints and the built repository"
@@ -35,6 +36,12 @@ $(REPOSITORY)/release.json:
 
 serve: $(INSTALLED) $(REPOSITORY)/release.json
 	@$(BIN)/millibert serve --repository $(REPOSITORY)
+
+DATA := build/scenarios/customer_service/test.csv
+BENCH :=
+
+bench: $(INSTALLED) $(REPOSITORY)/release.json
+	@$(BIN)/python -m load --repository $(REPOSITORY) --data $(DATA) $(BENCH)
 
 test: $(INSTALLED)
 	@$(BIN)/pytest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from polygraphy.backend import trt as polygraphy
 from tests.conftest import CUSTOMER_SERVICE
 from tests.tensorrt_double import install, read_plan
 
+from millibert import _perf_analyzer as perf_analyzer
 from millibert import cli
 from millibert_build import verify_command
 from millibert_build.tensorrt import release_plan, serving_checks
@@ -166,20 +166,5 @@ def test_service_and_load_through_triton(repository, gpu, only, capsys, monkeypa
     assert verify(repository) in (0, 3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("PASS  service")
-    if shutil.which("perf_analyzer") is None:
+    if not perf_analyzer.is_here():
         assert lines[2].startswith("SKIP  load      perf_analyzer is not on PATH")
-
-
-def test_the_table_of_perf_analyzer_is_read(tmp_path):
-    table = tmp_path / "table.csv"
-    table.write_text(
-        "Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,p50 latency,p90 latency,"
-        "p95 latency,p99 latency\n8,1234.5,20,300,40,6400,7000,7300,9100\n"
-    )
-    assert serving_checks.read_table(table, 32, 8) == {
-        "texts": 32,
-        "concurrency": 8,
-        "texts_per_second": 1234.5,
-        "p50_ms": 6.4,
-        "p99_ms": 9.1,
-    }

@@ -1,0 +1,1 @@
+"""Load on a served release, and what it measures: `python -m load`, or `make bench`."""

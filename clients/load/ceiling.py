@@ -1,0 +1,64 @@
+"""What the engine of a release does alone, in process: the rate that no service around it can exceed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from millibert_ensemble import contract
+from millibert_ensemble.models.bert.engines import ENGINES
+from millibert_ensemble.models.bert.packing import pack
+from millibert_ensemble.models.bert.threads import cpu_limit
+from millibert_ensemble.models.tokenizer.tokenization import load
+from millibert_ensemble.repository_check import CONFIG, parse_config
+
+_VERSION = "1"
+# Single texts that the latency at batch 1 is the median of.
+_SINGLE = 200
+
+
+class Ceiling(NamedTuple):
+    """The engine alone, on the same texts."""
+
+    precision: str
+    texts_per_second: float  # sorted by length, in batches of the model's limit: the best it can do
+    batch_1_ms: float
+    best_labels: npt.NDArray[np.intp]  # of each text, in order
+
+
+def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> Ceiling:
+    """Medians of the rounds, after a warm-up."""
+    config = parse_config(repository / contract.BERT / CONFIG)
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    path = repository / contract.BERT / _VERSION / "model.onnx"
+    engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit())
+    tokenizer = load(repository / contract.TOKENIZER / _VERSION / "tokenizer.json")
+    rows = [np.array([encoding.ids], np.int32) for encoding in tokenizer.encode_batch_fast(list(texts))]
+    order = sorted(range(len(rows)), key=lambda index: rows[index].shape[1])
+    size = config.max_batch_size
+    batches = [[rows[index] for index in order[start : start + size]] for start in range(0, len(rows), size)]
+    seconds = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        logits = [engine.infer(pack(batch)) for batch in batches]
+        seconds.append(time.perf_counter() - start)
+    labels = np.empty(len(rows), np.intp)
+    labels[order] = np.concatenate(logits).argmax(axis=1)
+    rate = len(rows) / statistics.median(seconds[1:])
+    return Ceiling(parameters["precision"], rate, _single(engine, rows[:_SINGLE]), labels)
+
+
+def _single(engine: Any, rows: Sequence[npt.NDArray[np.int32]]) -> float:
+    """Milliseconds of a text alone: median."""
+    times = []
+    for row in rows:
+        start = time.perf_counter()
+        engine.infer(pack([row]))
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
