@@ -5,8 +5,8 @@ examples:
   python -m load --repository banking77_repository --data test.csv --label-column category --json > bench.json
 
 Load comes from perf_analyzer where that is on PATH, else from our own client, which takes more CPU; the report says
-which. Each case is run several times, and the median by throughput is shown. On a machine that the load shares with the server
-the figures are lower than a server of its own would give; ratios within one run are what counts.
+which. Each case is run several times, and the median by throughput is shown. On a machine that the load shares with the
+server the figures are lower than a server of its own would give; ratios within one run are what counts.
 
 exit status: 0 measured, 1 a request failed, 2 wrong usage
 """
