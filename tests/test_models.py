@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from millibert_ensemble.models.bert import warmup
 from millibert_ensemble.models.bert.engines import ENGINES, EngineError
-from millibert_ensemble.models.bert.packing import check, pack, unpack
+from millibert_ensemble.models.bert.packing import EXECUTION_CELLS, check, cut, divide, pack, unpack
 from millibert_ensemble.models.bert.threads import cpu_limit
 from millibert_ensemble.models.postprocess.ranking import best, requested_top_k, sigmoid, softmax
 from millibert_ensemble.models.tokenizer.tokenization import decode, load, tokenize
@@ -247,3 +247,60 @@ def test_without_cgroups_the_affinity_counts(tmp_path):
 def test_onnxruntime_refuses_bf16(tmp_path):
     with pytest.raises(EngineError, match="fp32 on a CPU, not bf16; use the engine openvino"):
         ENGINES["onnxruntime"](tmp_path / "model.onnx", "bf16", 1)
+
+
+# Dividing a batch.
+
+
+def requests_of(*lengths, rows=1):
+    generator = np.random.default_rng(0)
+    return [generator.integers(1, 99, (rows, length)).astype(np.int32) for length in lengths]
+
+
+def test_texts_of_like_lengths_stay_together():
+    ((texts, inputs),) = divide(requests_of(9, 12, 10, 11))
+    assert texts.tolist() == [0, 1, 2, 3]
+    assert inputs["lengths"].tolist() == [9, 12, 10, 11]
+
+
+def test_few_long_texts_are_cut_off_from_many_short_ones():
+    parts = cut(np.array([10] * 30 + [120] * 3 + [11] * 20))
+    assert [sorted(part.tolist()) for part in parts] == [[*range(30), *range(33, 53)], [30, 31, 32]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_division_is_the_best_there_is(seed):
+    lengths = np.random.default_rng(seed).integers(2, 129, 9)
+    ordered = np.sort(lengths)
+
+    def cost(parts):
+        return sum(len(part) * max(part) + EXECUTION_CELLS for part in parts)
+
+    def ways(rest):
+        if not len(rest):
+            yield []
+        for end in range(1, len(rest) + 1):
+            yield from ([rest[:end], *others] for others in ways(rest[end:]))
+
+    found = [lengths[part] for part in cut(lengths)]
+    assert sorted(np.concatenate(found)) == ordered.tolist()
+    assert cost(found) == min(cost(way) for way in ways(ordered))
+
+
+def test_every_text_of_every_request_is_in_one_part_with_its_own_ids():
+    requests = [*requests_of(10, 118, 9), *requests_of(12, 100, rows=2), *requests_of(*[11] * 20)]
+    requests[3][1, 5:] = 0  # padding inside a request is left out
+    whole = pack(requests)
+    lengths = whole["lengths"].astype(int)
+    starts = np.cumsum(lengths) - lengths
+    seen = []
+    parts = divide(requests)
+    assert len(parts) > 1
+    for texts, inputs in parts:
+        ends = np.cumsum(inputs["lengths"])
+        assert inputs["max_length"].size == inputs["lengths"].max()
+        for text, end, length in zip(texts, ends, inputs["lengths"], strict=True):
+            expected = whole["input_ids"][starts[text] : starts[text] + lengths[text]]
+            np.testing.assert_array_equal(inputs["input_ids"][end - length : end], expected)
+            seen.append(int(text))
+    assert sorted(seen) == list(range(len(lengths)))

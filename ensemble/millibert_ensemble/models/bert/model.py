@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from .engines import ENGINES
-from .packing import check, pack, unpack
+from .packing import Ids, check, divide, pack, unpack
 from .threads import cpu_limit
 from .warmup import batches
 
@@ -43,7 +45,14 @@ class TritonPythonModel:
                 responses[index] = pb_utils.InferenceResponse(error=refusal)
         if good:
             batch = list(good.values())
-            logits = unpack(self._engine.infer(pack(batch)), batch)
-            for index, rows in zip(good, logits, strict=True):
+            for index, rows in zip(good, unpack(self._infer(batch), batch), strict=True):
                 responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("logits", rows)])
         return responses
+
+    def _infer(self, batch: list[Ids]) -> npt.NDArray[np.float32]:
+        """Logits [texts, labels] of all texts of the requests, in their order."""
+        parts = [(texts, self._engine.infer(inputs)) for texts, inputs in divide(batch)]
+        logits = np.empty((sum(len(texts) for texts, _ in parts), parts[0][1].shape[1]), np.float32)
+        for texts, rows in parts:
+            logits[texts] = rows
+        return logits
