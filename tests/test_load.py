@@ -83,6 +83,13 @@ def test_a_failing_request_ends_the_run(triton, release):
         measure(Load(server.grpc_url, "nobody", ["a text"], 1, 2, 0.5))
 
 
+def test_http_without_perf_analyzer_is_refused(release, monkeypatch, capsys):
+    monkeypatch.setattr(perf_analyzer, "is_here", lambda: False)
+    options = ["--repository", str(release.repository), "--data", str(TEST), "--transport", "http"]
+    assert bench.main(options) == 1
+    assert "--transport http needs perf_analyzer" in capsys.readouterr().err
+
+
 def test_wrong_data_is_told(release, tmp_path, capsys):
     assert bench.main(["--repository", str(release.repository), "--data", str(tmp_path / "none.csv")]) == 1
     assert "none.csv" in capsys.readouterr().err

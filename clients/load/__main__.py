@@ -31,7 +31,7 @@ from load.generator import measure as measure_ourselves
 from millibert import _perf_analyzer as perf_analyzer
 from millibert import connect
 from millibert._arguments import positive_float, positive_int
-from millibert._errors import MillibertError
+from millibert._errors import MillibertError, UsageError
 from millibert._labelled_texts import LabelledText, read_labelled_texts
 from millibert._perf_analyzer import Measurement
 from millibert_ensemble.models.bert.threads import cpu_limit
@@ -71,15 +71,18 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The engine alone, then every case on a server of our own."""
     rows = read_labelled_texts(args.data, args.text_column, args.label_column)
+    by_perf_analyzer = perf_analyzer.is_here()
+    if "http" in args.transport and not by_perf_analyzer:
+        raise UsageError("--transport http needs perf_analyzer on PATH; our own client speaks gRPC only")
     ceiling = measure_ceiling(args.repository, [row.text for row in rows], args.rounds)
     with TritonServer(args.repository) as server:
         quality = _quality(server, rows, ceiling)
-        cases = [_as_case(transport, runs, ceiling) for transport, runs in _cases(args, server, rows)]
+        cases = [_as_case(transport, runs, ceiling) for transport, runs in _cases(args, server, rows, by_perf_analyzer)]
     return {
         "model": server.services[0],
         "precision": ceiling.precision,
         "cpus": cpu_limit(),
-        "load": perf_analyzer.PROGRAM if perf_analyzer.is_here() else "own client",
+        "load": perf_analyzer.PROGRAM if by_perf_analyzer else "own client",
         "texts": len(rows),
         "engine": {"texts_per_second": ceiling.texts_per_second, "batch_1_ms": ceiling.batch_1_ms},
         **quality,
@@ -87,17 +90,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _cases(args: argparse.Namespace, server: TritonServer, rows: list[LabelledText]) -> Iterator[tuple[str, Any]]:
+def _cases(
+    args: argparse.Namespace, server: TritonServer, rows: list[LabelledText], by_perf_analyzer: bool
+) -> Iterator[tuple[str, Any]]:
     """Each case's runs that became steady; all cases in turns, so that a slow minute does not hit one of them only."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "texts.json")
         perf_analyzer.write_texts(data, [row.text for row in rows])
-        wanted = [(t, n, c) for t in _transports(args) for n in args.texts for c in args.concurrency]
+        wanted = [(t, n, c) for t in args.transport for n in args.texts for c in args.concurrency]
         found: dict[tuple[str, int, int], list[Measurement]] = {case: [] for case in wanted}
         for case in tqdm(wanted * args.rounds, desc="cases", disable=None, leave=False):
             transport, texts, concurrency = case
             url = server.grpc_url if transport == "grpc" else server.http_url
-            if perf_analyzer.is_here():
+            if by_perf_analyzer:
                 window = round(1000 * args.seconds / 3)  # it wants three steady windows
                 one = perf_analyzer.measure(url, server.services[0], data, texts, concurrency, window)
             else:
@@ -106,11 +111,6 @@ def _cases(args: argparse.Namespace, server: TritonServer, rows: list[LabelledTe
             found[case] += [one] if one is not None else []
     for (transport, texts, concurrency), runs in found.items():
         yield transport, (texts, concurrency, runs)
-
-
-def _transports(args: argparse.Namespace) -> list[str]:
-    """Our own client speaks gRPC only."""
-    return list(args.transport) if perf_analyzer.is_here() else ["grpc"]
 
 
 def _as_case(transport: str, case: tuple[int, int, list[Measurement]], ceiling: Ceiling) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from millibert_ensemble.models.bert.threads import cpu_limit
 from millibert_ensemble.models.tokenizer.tokenization import load
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
-_VERSION = "1"
 # Single texts that the latency at batch 1 is the median of.
 _SINGLE = 200
 
@@ -36,9 +35,9 @@ def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> 
     """Medians of the rounds, after a warm-up."""
     config = parse_config(repository / contract.BERT / CONFIG)
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    path = repository / contract.BERT / _VERSION / "model.onnx"
+    path = repository / contract.BERT / contract.VERSION / "model.onnx"
     engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit())
-    tokenizer = load(repository / contract.TOKENIZER / _VERSION / "tokenizer.json")
+    tokenizer = load(repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json")
     rows = [np.array([encoding.ids], np.int32) for encoding in tokenizer.encode_batch_fast(list(texts))]
     order = sorted(range(len(rows)), key=lambda index: rows[index].shape[1])
     size = config.max_batch_size

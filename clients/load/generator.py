@@ -17,6 +17,7 @@ import numpy as np
 
 from millibert._client import parse_address
 from millibert._errors import MillibertError
+from millibert._grpc import channel_options
 from millibert._perf_analyzer import Measurement
 from millibert_ensemble.contract import TEXT
 
@@ -66,7 +67,8 @@ async def _send(load: Load) -> tuple[list[float], float]:
             if counted_from <= done <= end:
                 latencies.append(done - sent)
 
-    async with aio.InferenceServerClient(parse_address(load.url).netloc) as client:
+    address = parse_address(load.url)
+    async with aio.InferenceServerClient(address.netloc, channel_args=channel_options(address.host)) as client:
         try:
             await asyncio.gather(*(one_under_way() for _ in range(load.concurrency)))
         except Exception as error:
