@@ -38,11 +38,10 @@ class GrpcClient(Client):
 
     def __init__(self, url: str, model: str, timeout: float = DEFAULT_TIMEOUT) -> None:
         super().__init__(url, model, timeout)
-        options = list(_CHANNEL_OPTIONS)
-        if _is_loopback(self.address.host):
-            options.append(("grpc.enable_http_proxy", 0))
         self._is_closed = False
-        self._server = triton.InferenceServerClient(self.address.netloc, channel_args=options)
+        self._server = triton.InferenceServerClient(
+            self.address.netloc, channel_args=channel_options(self.address.host)
+        )
 
     def close(self) -> None:
         """Close the channel; calls under way end with an error."""
@@ -87,6 +86,12 @@ class GrpcClient(Client):
         if kind is Unavailable and ("failed to connect" in reason or "errors resolving" in reason):
             return self._error(kind, f"cannot reach the server: {_cause(reason)}")
         return self._error(kind, reason)
+
+
+def channel_options(host: str) -> list[tuple[str, int]]:
+    """Options of a channel to that host: what the servers allow, and no proxy towards this machine."""
+    direct = [("grpc.enable_http_proxy", 0)] if _is_loopback(host) else []
+    return [*_CHANNEL_OPTIONS, *direct]
 
 
 def _cause(reason: str) -> str:

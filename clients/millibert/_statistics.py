@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
+from operator import add, sub
 from typing import Any
 from urllib.parse import quote
 
@@ -30,11 +31,10 @@ class Counters:
     output_ns: int = 0
 
     def __sub__(self, earlier: Counters) -> Counters:
-        pairs = {field.name: (getattr(self, field.name), getattr(earlier, field.name)) for field in fields(self)}
-        return Counters(**{name: now - before for name, (now, before) in pairs.items()})
+        return Counters(*map(sub, astuple(self), astuple(earlier)))
 
     def __add__(self, other: Counters) -> Counters:
-        return self - (Counters() - other)
+        return Counters(*map(add, astuple(self), astuple(other)))
 
     @property
     def texts_per_execution(self) -> float:
@@ -51,8 +51,8 @@ def read_statistics(url: str, timeout: float) -> dict[str, Counters]:
 
     Raises `Unavailable` where it cannot be reached and `ServerFault` where it answers something else.
     """
-    address = parse_address(url)
-    document = _by_grpc(url, timeout) if address.scheme == "grpc" else _by_http(url, timeout)
+    by_grpc = parse_address(url).scheme == "grpc"
+    document = _by_grpc(url, timeout) if by_grpc else _get(url, "/v2/models/stats", timeout, _EVERY_MODEL)
     found: dict[str, Counters] = {}
     try:
         for model in document.get("model_stats", []):
@@ -93,10 +93,6 @@ def _counters(model: Mapping[str, Any]) -> Counters:
     )
 
 
-def _by_http(url: str, timeout: float) -> dict[str, Any]:
-    return _get(url, "/v2/models/stats", timeout, _EVERY_MODEL)
-
-
 def _get(url: str, path: str, timeout: float, model: str) -> dict[str, Any]:
     address = parse_address(url)
     connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout)
@@ -134,7 +130,10 @@ def _grpc(url: str, model: str, ask: Callable[[Any], Any]) -> dict[str, Any]:
     from tritonclient import grpc as triton
     from tritonclient.utils import InferenceServerException
 
-    server = triton.InferenceServerClient(parse_address(url).netloc)
+    from millibert._grpc import channel_options
+
+    address = parse_address(url)
+    server = triton.InferenceServerClient(address.netloc, channel_args=channel_options(address.host))
     try:
         return dict(ask(server))
     except InferenceServerException as error:
