@@ -84,6 +84,13 @@ def test_the_timing_cache_is_kept_and_used_again(repository, tensorrt, tmp_path)
     assert tensorrt.caches[-1] == b""
 
 
+def test_a_timing_cache_that_cannot_be_kept_does_not_undo_the_plan(repository, bert, tensorrt, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert engine(repository, f"--timing-cache={tmp_path}/file/timing") == 0
+    assert "warning: the timing cache cannot be kept" in capsys.readouterr().err
+    assert (bert / "model.plan").is_file()
+
+
 def test_tensorrt_10_is_told_to_be_strongly_typed(repository, bert, monkeypatch):
     install(monkeypatch, "10.9.0.34")
     assert engine(repository) == 0

@@ -152,6 +152,12 @@ def change_config(repository, name, before, after):
     rewrite(path, text.replace(before, after, 1))
 
 
+def _last_key_renamed(path, key):
+    before, found, after = path.read_text().rpartition(f'key: "{key}"')
+    assert found
+    return f'{before}key: "another"{after}'
+
+
 DAMAGE = {
     "no manifest": (lambda r: (r / "release.json").unlink(), "release.json: not a release's manifest: No such file"),
     "half a manifest": (
@@ -197,9 +203,13 @@ DAMAGE = {
         lambda r: change_config(r, "support/config.pbtxt", 'model_name: "postprocess"', 'model_name: "preprocess"'),
         "its step 'preprocess' is no model of this repository",
     ),
-    "an input that nothing feeds": (
+    "an output that is not there": (
         lambda r: change_config(r, "support/config.pbtxt", 'key: "logits"', 'key: "logit"'),
-        "",
+        "bert: has no output 'logit', which support takes from it",
+    ),
+    "an input that nothing feeds": (
+        lambda r: rewrite(r / "support/config.pbtxt", _last_key_renamed(r / "support/config.pbtxt", "logits")),
+        "postprocess: nothing feeds its input 'logits'",
     ),
     "another batch limit": (
         lambda r: change_config(r, "tokenizer/config.pbtxt", "max_batch_size: 16", "max_batch_size: 8"),

@@ -44,7 +44,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="0: quick build, 5: longest search (default 3)",
     )
     parser.add_argument(
-        "--workspace-mib", type=int, default=4096, metavar="N", help="GPU memory a kernel may use while it is tried"
+        "--workspace-mib",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="GPU memory a kernel may use (default: %(default)s)",
     )
     parser.add_argument(
         "--timing-cache", type=Path, metavar="FILE", help="kept between builds (default: in the user's cache folder)"
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         target = checked_target(args.repository)
         document = _dry_run(target) if args.dry_run else _build(target, args)
-    except (GraphError, PlanError) as error:
+    except (GraphError, PlanError, OSError) as error:
         raise MillibertError(str(error)) from error
     print(json.dumps(document) if args.json else _describe(document, args.repository))
     return 0

@@ -25,7 +25,6 @@ from millibert_ensemble.repository_check import CONFIG, CONFIG_NAME, fits
 
 MODELS = Path(millibert_ensemble.__file__).parent / "models"
 ENSEMBLE_TEMPLATE = "classify"
-VERSION = "1"
 # Triton's configs say STRING where its protocol says BYTES.
 _CONFIG_DATATYPES = {"BYTES": "TYPE_STRING"}
 
@@ -79,10 +78,10 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
         _write_model(folder / config.name, config, MODELS / template)
     if artefacts.tensorrt is not None:
         _write_native(folder, scenario, artefacts.tensorrt)
-    artefacts.tokenizer.save(str(folder / contract.TOKENIZER / VERSION / "tokenizer.json"))
-    shutil.copyfile(artefacts.onnx, folder / contract.BERT / VERSION / "model.onnx")
+    artefacts.tokenizer.save(str(folder / contract.TOKENIZER / contract.VERSION / "tokenizer.json"))
+    shutil.copyfile(artefacts.onnx, folder / contract.BERT / contract.VERSION / "model.onnx")
     for name, values in (("labels", artefacts.labels), ("thresholds", artefacts.calibration.thresholds)):
-        path = folder / contract.POSTPROCESS / VERSION / f"{name}.json"
+        path = folder / contract.POSTPROCESS / contract.VERSION / f"{name}.json"
         path.write_text(json.dumps(list(values), ensure_ascii=False, indent=0), encoding="utf-8")
 
 
@@ -121,7 +120,7 @@ def _write_native(folder: Path, scenario: Scenario, graph: TensorrtGraph) -> Non
     (bert / "warmup").mkdir()
     for name, content in native.warmup.items():
         (bert / "warmup" / name).write_bytes(content)
-    shutil.copyfile(graph.onnx, bert / VERSION / TENSORRT_ONNX)
+    shutil.copyfile(graph.onnx, bert / contract.VERSION / TENSORRT_ONNX)
     if target.layout == "padded":
         tokenizer = fill_tokenizer_config(load_config(contract.TOKENIZER), target)
         _finish(tokenizer, contract.TOKENIZER, scenario)
@@ -145,7 +144,7 @@ def _write_config(path: Path, config: model_config_pb2.ModelConfig) -> None:
 
 
 def _write_model(folder: Path, config: model_config_pb2.ModelConfig, source: Path) -> None:
-    version = folder / VERSION
+    version = folder / contract.VERSION
     version.mkdir(parents=True)  # an ensemble needs its (empty) version too
     _write_config(folder / CONFIG, config)
     for module in sorted(source.glob("*.py")):

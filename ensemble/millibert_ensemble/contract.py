@@ -28,6 +28,9 @@ BERT = "bert"
 POSTPROCESS = "postprocess"
 COMPOSING_MODELS = (TOKENIZER, BERT, POSTPROCESS)
 
+# The version folder of every model.
+VERSION = "1"
+
 # What a client sends and receives.
 TEXT = Tensor("TEXT", "BYTES", (1,))  # UTF-8
 LABEL = Tensor("LABEL", "BYTES", (-1,))  # [B, K], best first

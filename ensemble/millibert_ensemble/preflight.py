@@ -20,7 +20,6 @@ from millibert_ensemble.repository_check import CONFIG_NAME, Check, check_reposi
 
 Answer = Literal["usable", "broken", "rebuild", "fall back"]
 STATUS: dict[Answer, int] = {"usable": 0, "broken": 1, "rebuild": 3, "fall back": 4}
-VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def preflight(repository: Path, machine: Machine) -> Verdict:
     check = check_repository(repository)
     if check.problems:
         return Verdict("broken", None, check.problems, check.remarks, None, machine, None)
-    bert = repository / contract.BERT / VERSION
+    bert = repository / contract.BERT / contract.VERSION
     if "tensorrt" not in check.manifest:
         remark = "built without a TensorRT graph (`millibert build --tensorrt fp16` adds one)"
         return Verdict("usable", "cpu", (), (*check.remarks, remark), None, machine, None)
@@ -92,7 +91,7 @@ def _fall_back(reason: str, check: Check, machine: Machine, plan: PlanManifest |
 def _plan(bert: Path, check: Check) -> tuple[PlanManifest | None, list[str]]:
     """The plan's manifest, and what keeps the plan from being the one of this release."""
     if not (bert / PLAN).is_file():
-        return None, [f"there is no plan yet ({contract.BERT}/{VERSION}/{PLAN})"]
+        return None, [f"there is no plan yet ({contract.BERT}/{contract.VERSION}/{PLAN})"]
     try:
         plan = load_plan_manifest(bert / PLAN_MANIFEST)
     except UsageError as error:

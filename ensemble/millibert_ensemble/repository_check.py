@@ -150,7 +150,7 @@ def _check_head(bert: Config, labels: int) -> Iterator[str]:
 
 def _check_labels(repository: Path, service: str, labels: list[str]) -> Iterator[str]:
     """The label list stands in three places: clients, postprocessor and people read one each."""
-    path = repository / contract.POSTPROCESS / "1" / "labels.json"
+    path = repository / contract.POSTPROCESS / contract.VERSION / "labels.json"
     try:
         if json.loads(path.read_text(encoding="utf-8")) != labels:
             yield f"{path.relative_to(repository)}: not the labels of {RELEASE}"

@@ -24,8 +24,6 @@ from millibert_ensemble.hashing import file_sha256
 from millibert_ensemble.machine import Gpu, gpus, short_version
 from millibert_ensemble.plan_manifest import PLAN, PLAN_MANIFEST, TENSORRT_ONNX, PlanManifest
 
-VERSION = "1"
-
 
 def build_release_plan(
     repository: Path, target: Target, recipe: Recipe, timing_cache: Path | None = None
@@ -41,22 +39,30 @@ def build_release_plan(
     gpu, profiles = found[0], profiles_of(target)
     cache_file = timing_cache or _default_cache(trt, gpu)
     cache = cache_file.read_bytes() if cache_file.is_file() else b""
-    folder = repository / contract.BERT / VERSION
+    folder = repository / contract.BERT / contract.VERSION
     print(f"building on {gpu.name} with TensorRT {trt.__version__}; this takes minutes", file=sys.stderr)
     built = build_plan(trt, folder / TENSORRT_ONNX, target, profiles, recipe, cache, _monitor(trt))
     manifest = _manifest(target, recipe, profiles, built, str(trt.__version__), gpu)
     # The plan first: one without its own manifest is refused by `preflight`, and never served by mistake.
     _write_aside(folder / PLAN, built.plan)
     _write_aside(folder / PLAN_MANIFEST, (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
-    _write_aside(cache_file, built.timing_cache)
+    _keep(cache_file, built.timing_cache)
     return manifest
+
+
+def _keep(cache_file: Path, content: bytes) -> None:
+    """The timing cache only saves time: a place that cannot be written to, as in a Job, does not undo a plan."""
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        _write_aside(cache_file, content)
+    except OSError as error:
+        print(f"warning: the timing cache cannot be kept in {cache_file}: {error.strerror}", file=sys.stderr)
 
 
 def checked_target(repository: Path) -> Target:
     """What the release wants, once its graph has been checked; raises `UsageError` and `GraphError`."""
     target = load_target(repository)
-    path = repository / contract.BERT / VERSION / TENSORRT_ONNX
+    path = repository / contract.BERT / contract.VERSION / TENSORRT_ONNX
     if not path.is_file():
         raise UsageError(f"{path}: missing, though the release says that it has a TensorRT graph; build it again")
     if file_sha256(path) != target.onnx_sha256:

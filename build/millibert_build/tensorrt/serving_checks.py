@@ -21,7 +21,7 @@ _CONCURRENCIES = (1, 8, 64)
 @contextmanager
 def served(bench: Bench) -> Iterator[TritonServer]:
     """A server on the plan; raises `Skipped` where none can run here."""
-    verdict = bench.verdict()
+    verdict = bench.verdict
     if verdict.engine != "tensorrt":
         raise Skipped(f"no plan that runs here: {'; '.join(verdict.reasons)}")
     with TritonServer(bench.repository, options=verdict.options) as server:

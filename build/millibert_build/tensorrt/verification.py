@@ -16,7 +16,7 @@ from millibert._errors import MillibertError
 from millibert._labelled_texts import LabelledText
 from millibert_build.tensorrt.plan import PlanError, Recipe
 from millibert_build.tensorrt.readable import GraphError
-from millibert_build.tensorrt.release_plan import VERSION, build_release_plan, checked_target
+from millibert_build.tensorrt.release_plan import build_release_plan, checked_target
 from millibert_build.tensorrt.run_graph import run_graph
 from millibert_build.tensorrt.runner import PlanRunner
 from millibert_build.tensorrt.target import Precision, Target
@@ -77,16 +77,17 @@ class Bench:
     @property
     def folder(self) -> Path:
         """Where the graph and the plan are."""
-        return self.repository / contract.BERT / VERSION
+        return self.repository / contract.BERT / contract.VERSION
 
+    @cached_property
     def verdict(self) -> Verdict:
-        """What `millibert preflight` says now."""
+        """What `millibert preflight` says; it reads every file, so it is asked once, and again behind a new plan."""
         return preflight(self.repository, self.machine)
 
     @cached_property
     def ids(self) -> list[list[int]]:
         """The texts through the release's own tokenizer."""
-        tokenizer = load(self.repository / contract.TOKENIZER / VERSION / "tokenizer.json")
+        tokenizer = load(self.repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json")
         return [encoding.ids for encoding in tokenizer.encode_batch_fast([row.text for row in self.rows])]
 
     @cached_property
@@ -109,7 +110,7 @@ class Bench:
 
     def runner(self) -> PlanRunner:
         """The plan, ready to run; raises `Skipped` where this machine has none that runs."""
-        verdict = self.verdict()
+        verdict = self.verdict
         if verdict.engine != "tensorrt":
             raise Skipped(f"no plan that runs here: {'; '.join(verdict.reasons)}")
         return PlanRunner(self.folder / PLAN, self.target)
@@ -149,14 +150,15 @@ def check_machine(bench: Bench) -> Line:
 
 def check_plan(bench: Bench) -> Line:
     """The plan fits this machine; it is built if it does not, or if that is asked for."""
-    verdict = bench.verdict()
+    verdict = bench.verdict
     if not bench.machine.gpus:
         raise Skipped("a plan is built and loaded on a GPU")
     if verdict.answer == "broken":
         raise MillibertError("; ".join(verdict.reasons))
     if verdict.answer == "rebuild" or bench.rebuild:
         manifest = build_release_plan(bench.repository, bench.target, Recipe(sparse=bench.target.sparse))
-        verdict = bench.verdict()
+        del bench.verdict
+        verdict = bench.verdict
         detail = f"built in {manifest.seconds:.0f} s"
     else:
         detail = "built before"
