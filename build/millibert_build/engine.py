@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from millibert._errors import UsageError
 from millibert_ensemble.models.bert.engines import ENGINES, PRECISIONS, Engine, EngineError
-from millibert_ensemble.models.bert.packing import pack
+from millibert_ensemble.models.bert.inference import infer, packed
 from millibert_ensemble.models.bert.threads import cpu_limit
 
 Floats = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ class Artefact(NamedTuple):
 
 
 def open_engine(kind: str, path: Path, precision: str) -> Engine:
-    """The CPU engine with as many threads as this process may use."""
+    """The CPU engine with as many streams as this process may use CPUs."""
     try:
         return ENGINES[kind](path, precision, cpu_limit())
     except EngineError as error:
@@ -39,7 +39,7 @@ def open_engine(kind: str, path: Path, precision: str) -> Engine:
 
 def run_packed(engine: Engine, ids: Sequence[Sequence[int]], max_texts: int) -> Floats:
     """Logits [texts, labels] in order, in packed batches of `max_texts`."""
-    return np.concatenate([engine.infer(pack(batch)) for batch in _batches(ids, max_texts)])
+    return np.concatenate([infer(engine, packed(batch, engine.streams)) for batch in _batches(ids, max_texts)])
 
 
 def texts_per_second(

@@ -21,10 +21,11 @@ from millibert_build.tensorrt.native_config import fill_native_config, fill_toke
 from millibert_ensemble import contract
 from millibert_ensemble.hashing import file_sha256
 from millibert_ensemble.plan_manifest import TENSORRT_ONNX
-from millibert_ensemble.repository_check import CONFIG, CONFIG_NAME, fits
+from millibert_ensemble.repository_check import CONFIG, CONFIG_NAME, fits, parse_config
 
 MODELS = Path(millibert_ensemble.__file__).parent / "models"
 ENSEMBLE_TEMPLATE = "classify"
+FUSED = "fused"
 # Triton's configs say STRING where its protocol says BYTES.
 _CONFIG_DATATYPES = {"BYTES": "TYPE_STRING"}
 
@@ -32,10 +33,16 @@ _INSIDE = {
     ENSEMBLE_TEMPLATE: (contract.REQUEST_TENSORS, contract.RESPONSE_TENSORS),
     contract.TOKENIZER: (
         contract.REQUEST_TENSORS,
-        (contract.INPUT_IDS, contract.SPAN, contract.TRUNCATED),
+        (contract.INPUT_IDS, contract.SPAN, contract.DEADLINE, contract.TRUNCATED),
     ),
-    contract.BERT: ((contract.INPUT_IDS, contract.SPAN), (contract.LOGITS,)),
+    contract.BERT: ((contract.INPUT_IDS, contract.DEADLINE), (contract.LOGITS,)),
     contract.POSTPROCESS: ((contract.LOGITS,), (contract.LABEL, contract.SCORE, contract.LABEL_ID, contract.ACCEPTED)),
+}
+# Written only where they are asked for.
+_PLAN = "plan"
+_OTHERS = {
+    FUSED: (contract.REQUEST_TENSORS, contract.RESPONSE_TENSORS),
+    _PLAN: ((contract.INPUT_IDS, contract.SPAN), (contract.LOGITS,)),
 }
 
 
@@ -56,9 +63,12 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
     """Fill an empty folder with the ensemble and its three models."""
     parameters = {
         ENSEMBLE_TEMPLATE: {contract.LABELS_PARAMETER: json.dumps(list(artefacts.labels), ensure_ascii=False)},
+        contract.TOKENIZER: {"queue_timeout_us": str(scenario.serving.queue_timeout_microseconds)},
         contract.BERT: {
             "engine": artefacts.engine,
             "precision": artefacts.precision,
+            "layout": "packed",
+            "cache_texts": str(scenario.serving.cache_texts),
             "max_tokens": str(scenario.max_tokens),
         },
         contract.POSTPROCESS: {
@@ -96,7 +106,7 @@ def load_config(template: str, file: str = CONFIG) -> model_config_pb2.ModelConf
 
 def check_config(config: model_config_pb2.ModelConfig, template: str) -> None:
     """Raise `UsageError` where a config's tensors are not those of the contract."""
-    inputs, outputs = _INSIDE[template]
+    inputs, outputs = {**_INSIDE, **_OTHERS}[template]
     for kind, configured, agreed in (("input", config.input, inputs), ("output", config.output, outputs)):
         found = [(t.name, model_config_pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in configured]
         wanted = [(t.name, _config_datatype(t.datatype), t.shape) for t in agreed]
@@ -115,14 +125,19 @@ def _write_native(folder: Path, scenario: Scenario, graph: TensorrtGraph) -> Non
     """What Triton reads under `--model-config-name tensorrt`, and the graph that the plan is built from."""
     target, bert = graph.target, folder / contract.BERT
     native = fill_native_config(load_config(contract.BERT, f"configs/{target.layout}.pbtxt"), target)
-    _finish(native.config, contract.BERT, scenario)
+    _finish(native.config, _PLAN, scenario)
     _write_config(bert / "configs" / f"{CONFIG_NAME}.pbtxt", native.config)
     (bert / "warmup").mkdir()
     for name, content in native.warmup.items():
         (bert / "warmup" / name).write_bytes(content)
     shutil.copyfile(graph.onnx, bert / contract.VERSION / TENSORRT_ONNX)
+    service = load_config(ENSEMBLE_TEMPLATE, f"configs/{CONFIG_NAME}.pbtxt")
+    service.name = scenario.name
+    service.parameters.MergeFrom(parse_config(folder / scenario.name / CONFIG).parameters)
+    _finish(service, ENSEMBLE_TEMPLATE, scenario)
+    _write_config(folder / scenario.name / "configs" / f"{CONFIG_NAME}.pbtxt", service)
     if target.layout == "padded":
-        tokenizer = fill_tokenizer_config(load_config(contract.TOKENIZER), target)
+        tokenizer = fill_tokenizer_config(parse_config(folder / contract.TOKENIZER / CONFIG), target)
         _finish(tokenizer, contract.TOKENIZER, scenario)
         _write_config(folder / contract.TOKENIZER / "configs" / f"{CONFIG_NAME}.pbtxt", tokenizer)
 
@@ -131,10 +146,7 @@ def _finish(config: model_config_pb2.ModelConfig, template: str, scenario: Scena
     """Fill in the scenario's limits, and check the result against the contract."""
     config.max_batch_size = scenario.max_texts
     if config.HasField("dynamic_batching"):
-        batching, serving = config.dynamic_batching, scenario.serving
-        batching.max_queue_delay_microseconds = serving.max_queue_delay_microseconds
-        batching.default_queue_policy.max_queue_size = serving.max_queue_size
-        batching.default_queue_policy.default_timeout_microseconds = serving.queue_timeout_microseconds
+        config.dynamic_batching.max_queue_delay_microseconds = scenario.serving.max_queue_delay_microseconds
     check_config(config, template)
 
 

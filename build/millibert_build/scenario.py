@@ -157,10 +157,11 @@ class Serving(_Strict):
 
     max_queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """How long a request may wait for others to share its execution; 0: only while the model is busy anyway."""
-    max_queue_size: Annotated[int, Field(ge=1)] = 2048
-    """Requests that may wait for each model; more are answered "busy" at once."""
-    queue_timeout_microseconds: Annotated[int, Field(ge=1)] = 5_000_000
-    """A request that has waited this long is answered "busy"."""
+    queue_timeout_microseconds: Annotated[int, Field(ge=1)] = 1_000_000
+    """A request that has waited this long for the CPU engine is answered "busy". A request may ask for less, by its
+    parameter `queue_timeout_ms`."""
+    cache_texts: Annotated[int, Field(ge=0)] = 0
+    """Keep the engine's answers to so many texts, those used last; for traffic that repeats itself. 0: none."""
 
 
 class Gates(_Strict):

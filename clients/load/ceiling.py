@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from millibert_ensemble import contract
-from millibert_ensemble.models.bert.engines import ENGINES
-from millibert_ensemble.models.bert.packing import pack
+from millibert_ensemble.models.bert.engines import ENGINES, Engine
+from millibert_ensemble.models.bert.inference import infer, packed
+from millibert_ensemble.models.bert.packing import Ids, alone
 from millibert_ensemble.models.bert.threads import cpu_limit
 from millibert_ensemble.models.tokenizer.tokenization import load
 from millibert_ensemble.repository_check import CONFIG, parse_config
@@ -30,14 +32,23 @@ class Ceiling(NamedTuple):
     batch_1_ms: float
     best_labels: npt.NDArray[np.intp]  # of each text, in order
 
+    def as_json(self) -> dict[str, float]:
+        """The figures."""
+        return {"texts_per_second": self.texts_per_second, "batch_1_ms": self.batch_1_ms}
+
+
+def load_tokenizer(repository: Path) -> tuple[Tokenizer, int]:
+    """A release's tokenizer, and the most tokens of a text that its model reads."""
+    limit = parse_config(repository / contract.BERT / CONFIG).parameters["max_tokens"].string_value
+    return load(repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json"), int(limit)
+
 
 def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> Ceiling:
     """Medians of the rounds, after a warm-up."""
     config = parse_config(repository / contract.BERT / CONFIG)
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    path = repository / contract.BERT / contract.VERSION / "model.onnx"
-    engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit())
-    tokenizer = load(repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json")
+    engine = _open(repository, parameters)
+    tokenizer, _ = load_tokenizer(repository)
     rows = [np.array([encoding.ids], np.int32) for encoding in tokenizer.encode_batch_fast(list(texts))]
     order = sorted(range(len(rows)), key=lambda index: rows[index].shape[1])
     size = config.max_batch_size
@@ -45,7 +56,7 @@ def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> 
     seconds = []
     for _ in range(1 + rounds):
         start = time.perf_counter()
-        logits = [engine.infer(pack(batch)) for batch in batches]
+        logits = [infer(engine, packed(batch, engine.streams)) for batch in batches]
         seconds.append(time.perf_counter() - start)
     labels = np.empty(len(rows), np.intp)
     labels[order] = np.concatenate(logits).argmax(axis=1)
@@ -53,11 +64,18 @@ def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> 
     return Ceiling(parameters["precision"], rate, _single(engine, rows[:_SINGLE]), labels)
 
 
-def _single(engine: Any, rows: Sequence[npt.NDArray[np.int32]]) -> float:
+def _open(repository: Path, parameters: dict[str, str]) -> Engine:
+    path = repository / contract.BERT / contract.VERSION / "model.onnx"
+    engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit())
+    engine.specialise(alone(int(parameters["max_tokens"])))
+    return engine
+
+
+def _single(engine: Engine, rows: Sequence[Ids]) -> float:
     """Milliseconds of a text alone: median."""
-    times = []
+    times: list[Any] = []
     for row in rows:
         start = time.perf_counter()
-        engine.infer(pack([row]))
+        infer(engine, packed([row], engine.streams))
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+    return 1000 * float(statistics.median(times))

@@ -1,7 +1,9 @@
-"""Our own closed-loop load, for machines without perf_analyzer: so many requests under way, for so long.
+"""Our own load, in a process of its own: closed loop (so many requests under way) or open loop (so many a second).
 
-It runs in a process of its own and sends prepared requests over gRPC with asyncio. It takes more of the CPU than
-perf_analyzer, which is written in C++: on a machine that it shares with the server its figures are lower.
+Requests are laid out once and sent as bytes, so that it takes little of the CPU that it may share with the server.
+
+In open loop requests are due at constant intervals whatever the server does, and a latency counts from the moment
+that its request was due: a server, or a sender, that falls behind cannot hide it ("coordinated omission").
 """
 
 from __future__ import annotations
@@ -10,81 +12,152 @@ import asyncio
 import itertools
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from millibert._client import parse_address
-from millibert._errors import MillibertError
-from millibert._grpc import channel_options
+from load.transports import ANSWERED, Requests, Transport, open_transport
+from millibert._errors import MillibertError, UsageError
 from millibert._perf_analyzer import Measurement
-from millibert_ensemble.contract import TEXT
 
 # Share of the time that is not counted, at the start.
 _WARM_UP = 0.2
+# An open loop wakes this often and sends all that is due; a timer for each request would take more CPU.
+_TICK_SECONDS = 0.001
+# After an open loop has sent its last request.
+_PATIENCE_SECONDS = 30.0
+# A server that refuses at once would otherwise be asked again as fast as this process can.
+_MOST_REQUESTS = 5_000_000
 
 
-class Load(NamedTuple):
-    """What to send."""
+class Phase(NamedTuple):
+    """Part of an open loop."""
 
-    url: str
-    model: str
-    texts: Sequence[str]
-    per_request: int
-    concurrency: int
+    rate: float  # requests a second
     seconds: float
 
 
-def measure(load: Load) -> Measurement:
-    """Send for so many seconds; raises `MillibertError` where a request fails."""
+@dataclass(frozen=True)
+class Load:
+    """What to send, and how: a closed loop, or the phases of an open one."""
+
+    requests: Requests  # sent in turn, over and over
+    seconds: float = 0.0  # of a closed loop
+    concurrency: int | None = None  # of a closed loop: requests under way
+    phases: Sequence[Phase] = ()
+
+    def __post_init__(self) -> None:
+        if (self.concurrency is None) == (not self.phases):
+            raise UsageError("a load has a concurrency (closed loop) or phases (open loop)")
+        if not self.requests.each:
+            raise UsageError("a load needs at least one request; are there fewer texts than one request holds?")
+        if sum(phase.rate * phase.seconds for phase in self.phases) > _MOST_REQUESTS:
+            raise UsageError(f"these phases are more than {_MOST_REQUESTS:,} requests")
+
+
+class Answers(NamedTuple):
+    """Every request of a run, in the order of their ends."""
+
+    due: npt.NDArray[np.float64]  # seconds from the start; closed loop: when it was sent
+    latency: npt.NDArray[np.float64]  # seconds
+    status: npt.NDArray[np.str_]  # ANSWERED, or the transport's word for what happened instead
+
+    @property
+    def answered(self) -> npt.NDArray[np.bool_]:
+        """Which were answered."""
+        return np.asarray(self.status == ANSWERED)
+
+    def between(self, start: float, end: float) -> Answers:
+        """Those that were due in this span of seconds."""
+        inside = (self.due >= start) & (self.due < end)
+        return Answers(self.due[inside], self.latency[inside], self.status[inside])
+
+    def percentile(self, percent: float) -> float:
+        """Latency of the answered ones in milliseconds."""
+        return 1000 * float(np.percentile(self.latency[self.answered], percent))
+
+
+def measure(load: Load, texts_per_request: int) -> Measurement:
+    """Closed loop, without its first fifth; raises `MillibertError` where a request was not answered."""
+    assert load.concurrency is not None, "measure() is for closed loops"
+    found = send(load)
+    failed = sorted(set(found.status[~found.answered]))
+    if failed:
+        count = int((~found.answered).sum())
+        raise MillibertError(f"{count:,} of {len(found.status):,} requests were not answered: {', '.join(failed)}")
+    ended = found.due + found.latency
+    counted = (ended >= _WARM_UP * load.seconds) & (ended <= load.seconds)
+    if not counted.any():
+        raise MillibertError(f"no answer in {load.seconds:g} s at concurrency {load.concurrency}")
+    rate = float(counted.sum()) / ((1 - _WARM_UP) * load.seconds)
+    p50, p99 = (1000 * float(value) for value in np.percentile(found.latency[counted], [50, 99]))
+    return Measurement(texts_per_request, load.concurrency, rate * texts_per_request, p50, p99)
+
+
+def send(load: Load) -> Answers:
+    """Run a load in a process of its own; raises `MillibertError` where the server cannot be reached at all."""
     context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
     with context.Pool(1) as pool:
-        latencies, seconds = pool.apply(_run, (load,))
-    if not latencies:
-        raise MillibertError(f"no answer in {load.seconds:g} s at concurrency {load.concurrency}")
-    p50, p99 = (1000 * float(value) for value in np.percentile(latencies, [50, 99]))
-    return Measurement(load.per_request, load.concurrency, len(latencies) * load.per_request / seconds, p50, p99)
+        return pool.apply(_run, (load,))
 
 
-def _run(load: Load) -> tuple[list[float], float]:
+def _run(load: Load) -> Answers:
     return asyncio.run(_send(load))
 
 
-async def _send(load: Load) -> tuple[list[float], float]:
-    """Latencies in seconds of the requests that ended behind the warm-up, and how long that was."""
-    from tritonclient.grpc import aio
+async def _send(load: Load) -> Answers:
+    found: list[tuple[float, float, str]] = []
+    async with open_transport(load.requests) as transport:
+        await (_open_loop if load.phases else _closed_loop)(load, transport, found)
+    due, latency, status = zip(*found, strict=True)
+    return Answers(np.array(due), np.array(latency), np.array(status))
 
-    requests = _requests(load)
+
+async def _closed_loop(load: Load, transport: Transport, found: list[tuple[float, float, str]]) -> None:
+    requests = itertools.cycle(load.requests.each)
     start = time.perf_counter()
-    counted_from, end = start + _WARM_UP * load.seconds, start + load.seconds
-    latencies: list[float] = []
+    end = start + load.seconds
 
     async def one_under_way() -> None:
-        while (sent := time.perf_counter()) < end:
-            await client.infer(load.model, next(requests))
-            done = time.perf_counter()
-            if counted_from <= done <= end:
-                latencies.append(done - sent)
+        while (sent := time.perf_counter()) < end and len(found) < _MOST_REQUESTS:
+            status = await transport.send(next(requests))
+            found.append((sent - start, time.perf_counter() - sent, status))
 
-    address = parse_address(load.url)
-    async with aio.InferenceServerClient(address.netloc, channel_args=channel_options(address.host)) as client:
-        try:
-            await asyncio.gather(*(one_under_way() for _ in range(load.concurrency)))
-        except Exception as error:
-            # tritonclient's errors do not survive the way back to the parent.
-            raise MillibertError(f"a request failed: {error}") from None
-    return latencies, end - counted_from
+    await asyncio.gather(*(one_under_way() for _ in range(load.concurrency or 0)))
 
 
-def _requests(load: Load) -> Iterator[list[Any]]:
-    """Prepared inputs, over and over."""
-    from tritonclient.grpc import InferInput
+async def _open_loop(load: Load, transport: Transport, found: list[tuple[float, float, str]]) -> None:
+    requests = itertools.cycle(load.requests.each)
+    start = time.perf_counter()
 
-    prepared = []
-    for start in range(0, len(load.texts) - load.per_request + 1, load.per_request):
-        texts = np.array([[text.encode()] for text in load.texts[start : start + load.per_request]], np.object_)
-        tensor = InferInput(TEXT.name, list(texts.shape), TEXT.datatype)
-        tensor.set_data_from_numpy(texts)
-        prepared.append([tensor])
-    return itertools.cycle(prepared)
+    async def one(due: float) -> None:
+        status = await transport.send(next(requests))
+        found.append((due, time.perf_counter() - start - due, status))
+
+    under_way: set[asyncio.Task[None]] = set()
+    dues = iter(due_times(load.phases))
+    due = next(dues, None)
+    while due is not None:
+        now = time.perf_counter() - start
+        while due is not None and due <= now:
+            task = asyncio.create_task(one(due))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+            due = next(dues, None)
+        await asyncio.sleep(_TICK_SECONDS)
+    if under_way:
+        _, late = await asyncio.wait(under_way, timeout=_PATIENCE_SECONDS)
+        if late:
+            raise MillibertError(
+                f"{len(late):,} requests had no answer {_PATIENCE_SECONDS:g} s after the last was sent"
+            )
+
+
+def due_times(phases: Sequence[Phase]) -> list[float]:
+    """When each request is due, in seconds from the start: evenly within each phase, the phases one after another."""
+    ends = np.cumsum([0.0, *(phase.seconds for phase in phases)])
+    spans = zip(ends, ends[1:], phases, strict=False)
+    return [float(due) for start, end, phase in spans for due in np.arange(start, end, 1 / phase.rate)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from operator import add, sub
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from millibert._client import parse_address
 from millibert._errors import ServerFault, Unavailable
 
 _EVERY_MODEL = "*"
+# The engine's own counters on the metrics endpoint, and the values of their label.
+_TOKENS = re.compile(r'^millibert_tokens_total\{kind="(\w+)"\} (\S+)$', re.MULTILINE)
+TOKEN_KINDS = ("text", "computed", "attention")
 
 
 @dataclass(frozen=True)
@@ -93,26 +97,42 @@ def _counters(model: Mapping[str, Any]) -> Counters:
     )
 
 
+def read_tokens(metrics_url: str, timeout: float) -> dict[str, float]:
+    """Tokens the engine has worked on, by kind, from a metrics endpoint; empty where its engine does not count them.
+
+    Raises `Unavailable` where it cannot be reached and `ServerFault` where it refuses.
+    """
+    split = urlsplit(metrics_url)
+    status, body = _read(split.netloc, split.path or "/metrics", timeout, metrics_url, _EVERY_MODEL)
+    if status != http.client.OK:
+        raise ServerFault(f"HTTP {status}; is this the metrics port?", endpoint=metrics_url, model=_EVERY_MODEL)
+    return {kind: float(value) for kind, value in _TOKENS.findall(body.decode("utf-8", "replace"))}
+
+
 def _get(url: str, path: str, timeout: float, model: str) -> dict[str, Any]:
-    address = parse_address(url)
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout)
+    status, body = _read(parse_address(url).netloc, path, timeout, url, model)
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise ServerFault("the answer is not JSON; is this the HTTP port?", endpoint=url, model=model) from error
+    if status != http.client.OK or not isinstance(document, dict):
+        reason = document.get("error") if isinstance(document, dict) else None
+        raise ServerFault(str(reason or f"HTTP {status}"), endpoint=url, model=model)
+    return document
+
+
+def _read(netloc: str, path: str, timeout: float, url: str, model: str) -> tuple[int, bytes]:
+    """Status and body of a GET."""
+    connection = http.client.HTTPConnection(netloc, timeout=timeout)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        body = answer.read()
+        return answer.status, answer.read()
     except (OSError, http.client.HTTPException) as error:
         cause = getattr(error, "strerror", None) or repr(error)
         raise Unavailable(f"cannot reach the server: {cause}", endpoint=url, model=model) from error
     finally:
         connection.close()
-    try:
-        document = json.loads(body)
-    except ValueError as error:
-        raise ServerFault("the answer is not JSON; is this the HTTP port?", endpoint=url, model=model) from error
-    if answer.status != http.client.OK or not isinstance(document, dict):
-        reason = document.get("error") if isinstance(document, dict) else None
-        raise ServerFault(str(reason or f"HTTP {answer.status}"), endpoint=url, model=model)
-    return document
 
 
 def _by_grpc(url: str, timeout: float) -> dict[str, Any]:

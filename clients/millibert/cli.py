@@ -28,6 +28,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "build": Command("millibert_build.build_command", "labelled text to a Triton model repository", "build"),
     "tune": Command("millibert_build.tune_command", "the fastest of several ways to prune and quantise", "build"),
+    "fuse": Command("millibert_build.fuse_command", "a release as one model, for nodes without a GPU", "build"),
     "engine": Command("millibert_build.engine_command", "the TensorRT plan of a release, on its GPU node", "engine"),
     "preflight": Command("millibert_ensemble.preflight_command", "whether this machine can serve a repository", None),
     "verify-gpu": Command(

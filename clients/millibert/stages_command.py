@@ -2,7 +2,7 @@
 
 Reads Triton's counters twice and shows what happened between: for each model of the ensemble what a request waits in
 its queue, takes for input, computes, and takes for output, and how many texts an execution merges. On the machine of
-the server, CPU time of each process too.
+the server, CPU time of each process too. Where its metrics endpoint can be reached: how much of the work is on padding.
 
 examples:
   millibert stages --url grpc://127.0.0.1:8001 --model banking77
@@ -20,15 +20,17 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from millibert._arguments import add_service
 from millibert._client import parse_address
-from millibert._errors import MillibertError, NotFound
-from millibert._statistics import Counters, ensemble_steps, read_statistics
+from millibert._errors import MillibertError, NotFound, ServiceError
+from millibert._statistics import TOKEN_KINDS, Counters, ensemble_steps, read_statistics, read_tokens
 
+# Where Triton has its metrics unless told otherwise.
+_METRICS_PORT = 8002
 _PARTS = ("queue", "input", "compute", "output")
 
 
@@ -42,16 +44,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how long to look (default: %(default)g); 0: since the models were loaded",
     )
+    parser.add_argument(
+        "--metrics-url",
+        type=_metrics_url,
+        metavar="URL",
+        help="for the padding (default: port 8002 of the same host, where that answers)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Look, and print; returns the exit status."""
     steps = ensemble_steps(args.url, args.model, args.timeout)
-    before, cpu_before = _look(args) if args.seconds else (dict[str, Counters](), dict[str, float]())
+    before, cpu_before, tokens_before = _look(args) if args.seconds else _NOTHING
     start = time.monotonic()
     _wait(args.seconds)
-    after, cpu_after = _look(args)
+    after, cpu_after, tokens_after = _look(args)
     seconds = time.monotonic() - start
     if args.model not in after:
         raise NotFound("no such model", endpoint=args.url, model=args.model)
@@ -59,21 +67,58 @@ def run(args: argparse.Namespace) -> int:
     if not found[args.model].requests:
         raise MillibertError(f"{args.model}: no request was answered in these {args.seconds:g} s; is there load on it?")
     cpu = {name: spent - cpu_before.get(name, 0.0) for name, spent in cpu_after.items()}
-    report = _report(args, found, cpu, seconds if args.seconds else None)
+    tokens = {kind: count - tokens_before.get(kind, 0.0) for kind, count in tokens_after.items()}
+    report = {**_report(args, found, cpu, seconds if args.seconds else None), "padding": padding(tokens)}
     print(json.dumps(report) if args.json else _table(report))
     return 0
 
 
-def _look(args: argparse.Namespace) -> tuple[dict[str, Counters], dict[str, float]]:
-    """Triton's counters, and CPU seconds of its processes where they can be seen."""
-    counters = read_statistics(args.url, args.timeout)
+class _Look(NamedTuple):
+    """What is counted at one moment."""
+
+    counters: dict[str, Counters]
+    cpu: dict[str, float]
+    tokens: dict[str, float]
+
+
+_NOTHING = _Look({}, {}, {})
+
+
+def _look(args: argparse.Namespace) -> _Look:
+    """Triton's counters, and CPU seconds of its processes and tokens where they can be seen."""
+    return _Look(read_statistics(args.url, args.timeout), _cpu(args.url), _tokens(args))
+
+
+def _cpu(url: str) -> dict[str, float]:
     try:
         from millibert_ensemble.cpu_time import cpu_seconds, server_at
     except ModuleNotFoundError:  # psutil comes with the extra 'serve', which a client's machine does not need
-        return counters, {}
-    address = parse_address(args.url)
+        return {}
+    address = parse_address(url)
     server = server_at(address.host, address.port)
-    return counters, cpu_seconds(server) if server is not None else {}
+    return cpu_seconds(server) if server is not None else {}
+
+
+def _tokens(args: argparse.Namespace) -> dict[str, float]:
+    """The engine's counters of tokens; none where nobody asked for them and the usual port does not answer."""
+    if args.metrics_url is not None:
+        return read_tokens(args.metrics_url, args.timeout)
+    host = parse_address(args.url)._replace(scheme="http", port=_METRICS_PORT)
+    try:
+        return read_tokens(f"{host}/metrics", args.timeout)
+    except ServiceError:
+        return {}
+
+
+def padding(tokens: Mapping[str, float]) -> dict[str, float] | None:
+    """Share of the engine's work that was on padding; None where that is not known.
+
+    `products`: of the tokens that products with weights computed on. `attention`: of the cells of attention's grid.
+    """
+    if not all(tokens.get(kind) for kind in TOKEN_KINDS):
+        return None
+    text, computed, attention = (tokens[kind] for kind in TOKEN_KINDS)
+    return {"products": 1 - text / computed, "attention": 1 - text / attention}
 
 
 def _wait(seconds: float) -> None:
@@ -126,6 +171,8 @@ def _table(report: dict[str, Any]) -> str:
         )
         lines += [_row(stage, width) for stage in report["stages"]]
         lines.append(f"{'between stages':<{width}} {'':>8} {'':>8} {'':>8} {'':>8} {report['between_stages_ms']:>8.2f}")
+    if waste := report["padding"]:
+        lines.append(f"on padding: {waste['products']:.1%} of products, {waste['attention']:.1%} of attention's grid")
     cpu = report["cpu_seconds_per_1000_requests"]
     if cpu:
         spent = ", ".join(f"{name} {value:.2f}" for name, value in sorted(cpu.items(), key=lambda item: -item[1]))
@@ -147,6 +194,12 @@ def _headline(report: dict[str, Any]) -> str:
 def _row(stage: Mapping[str, Any], width: int) -> str:
     parts = " ".join(f"{stage[f'{part}_ms']:>8.2f}" for part in (*_PARTS, "total"))
     return f"{stage['model']:<{width}} {parts} {stage['executions']:>11,} {stage['texts_per_execution']:>11.1f}"
+
+
+def _metrics_url(text: str) -> str:
+    if not text.startswith("http://"):
+        raise argparse.ArgumentTypeError(f"expected http://host:port/metrics, not {text}")
+    return text
 
 
 def _not_negative(text: str) -> float:

@@ -23,7 +23,7 @@ _ANSWER_SECONDS = 120.0
 
 
 def services(repository: Path) -> list[str]:
-    """Return the names of the services (ensembles that take texts) in a model repository.
+    """Return the names of the services (what takes texts and answers labels) in a model repository.
 
     Raises UsageError when there is no such repository or no service in it.
     """
@@ -36,8 +36,8 @@ def services(repository: Path) -> list[str]:
     if not found:
         names = ", ".join(path.parent.name for path in configs)
         raise UsageError(
-            f"the model repository {repository} holds no service, only {names}: none is an ensemble with the "
-            f"one input {contract.TEXT.name}; {_ADVICE}"
+            f"the model repository {repository} holds no service, only {names}: none takes {contract.TEXT.name} "
+            f"and answers {contract.LABEL.name}; {_ADVICE}"
         )
     return found
 
@@ -76,7 +76,7 @@ def _parse(path: Path) -> model_config_pb2.ModelConfig:
 def _takes_texts(config: model_config_pb2.ModelConfig) -> bool:
     taken = [tensor.name for tensor in config.input]
     expected = [tensor.name for tensor in contract.REQUEST_TENSORS]
-    return bool(config.platform == "ensemble" and taken == expected)
+    return taken == expected and contract.LABEL.name in [tensor.name for tensor in config.output]
 
 
 def _ask(host: str, port: int, method: str, path: str, body: str | None = None) -> tuple[int, str]:

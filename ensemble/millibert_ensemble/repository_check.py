@@ -20,6 +20,8 @@ RELEASE = "release.json"
 CONFIG = "config.pbtxt"
 # Configs that replace `config.pbtxt` under `--model-config-name`.
 CONFIG_NAME = "tensorrt"
+# In the manifest of a release whose models were fused into one: `wiring` is `fused`.
+WIRING, FUSED_WIRING = "wiring", "fused"
 
 Config = Any  # model_config_pb2.ModelConfig, whose fields have no types
 
@@ -51,7 +53,11 @@ def check_repository(repository: Path) -> Check:
             found = remarks if path.suffix == ".pbtxt" else problems
             found.append(f"{name}: changed since it was built")
     name = str(manifest.get("name", ""))
-    problems += _check_labels(repository, name, labels)
+    fused = manifest.get(WIRING) == FUSED_WIRING
+    problems += _check_labels(repository, name, name if fused else contract.POSTPROCESS, labels)
+    if fused:
+        problems += _check_fused(repository, name)
+        return Check(manifest, tuple(dict.fromkeys(problems)), tuple(remarks))
     problems += _check_configs(repository, name, None, len(labels))
     if config_path(repository, contract.BERT, CONFIG_NAME) != config_path(repository, contract.BERT, None):
         problems += _check_configs(repository, name, CONFIG_NAME, len(labels))
@@ -148,9 +154,22 @@ def _check_head(bert: Config, labels: int) -> Iterator[str]:
             yield f"{contract.BERT}: makes logits of shape {list(tensor.dims)}; the release has {labels} labels"
 
 
-def _check_labels(repository: Path, service: str, labels: list[str]) -> Iterator[str]:
-    """The label list stands in three places: clients, postprocessor and people read one each."""
-    path = repository / contract.POSTPROCESS / contract.VERSION / "labels.json"
+def _check_fused(repository: Path, service: str) -> Iterator[str]:
+    """The one config, and its tensors against the contract."""
+    try:
+        config = parse_config(repository / service / CONFIG)
+    except ValueError as error:
+        yield f"{service}/{CONFIG}: {error}"
+        return
+    sides = ((config.input, contract.REQUEST_TENSORS), (config.output, contract.RESPONSE_TENSORS))
+    for found, agreed in sides:
+        if [tensor.name for tensor in found] != [tensor.name for tensor in agreed]:
+            yield f"{service}: its tensors are {[t.name for t in found]}; the contract says {[t.name for t in agreed]}"
+
+
+def _check_labels(repository: Path, service: str, ranking: str, labels: list[str]) -> Iterator[str]:
+    """The label list stands in three places: clients, the model that ranks, and people read one each."""
+    path = repository / ranking / contract.VERSION / "labels.json"
     try:
         if json.loads(path.read_text(encoding="utf-8")) != labels:
             yield f"{path.relative_to(repository)}: not the labels of {RELEASE}"

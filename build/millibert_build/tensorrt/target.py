@@ -35,13 +35,18 @@ class Target:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Lengths that the padded layout rounds up to: powers of two below the limit, and the limit."""
-        powers = (_SMALLEST_BUCKET << shift for shift in range(self.max_tokens.bit_length()))
-        return (*(power for power in powers if power < self.max_tokens), self.max_tokens)
+        """Lengths that the padded layout rounds up to."""
+        return buckets_of(self.max_tokens)
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
         return asdict(self)
+
+
+def buckets_of(max_tokens: int) -> tuple[int, ...]:
+    """Powers of two below the limit, and the limit."""
+    powers = (_SMALLEST_BUCKET << shift for shift in range(max_tokens.bit_length()))
+    return (*(power for power in powers if power < max_tokens), max_tokens)
 
 
 def load_target(repository: Path) -> Target:

@@ -1,8 +1,18 @@
-"""The CPU engines that can run the packed graph: OpenVINO and ONNX Runtime, imported when asked for."""
+"""The CPU engines that can run the packed graph: OpenVINO and ONNX Runtime, imported when asked for.
+
+Each thread runs executions of its own: threads that share one meet after every operator, and where other processes
+need the CPU too they wait for each other most of the time. For inputs of a few shapes there can be forms of the graph
+that are compiled for just these (see `specialise`): OpenVINO spends as long on a change of shape as on a text of usual
+length. Figures are in docs/log.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
+Floats = npt.NDArray[np.float32]
+Shapes = tuple[tuple[int, ...], ...]
+
+# Several threads for one execution must be this much faster; they keep the others waiting.
+_WORTH_IT = 0.85
+# Runs that a latency is the median of.
+_RUNS = 40
 
 
 class EngineError(RuntimeError):
@@ -34,58 +51,157 @@ def check_precision(kind: str, precision: str) -> None:
 class Engine(Protocol):
     """Something that runs an ONNX graph with one output."""
 
-    def infer(self, inputs: Arrays) -> npt.NDArray[np.float32]:
-        """Run the graph once; returns a copy of its output."""
+    streams: int
+    """Executions that run at the same time."""
+
+    def infer(self, inputs: Arrays) -> Floats:
+        """Run the graph once, alone; returns a copy of its output."""
+        ...
+
+    def infer_all(self, parts: Sequence[Arrays]) -> list[Floats]:
+        """Run the graph on each of the parts, in this order, on all streams; returns the outputs."""
+        ...
+
+    def specialise(self, examples: Sequence[Arrays]) -> None:
+        """Make `infer` as fast as it can be on inputs with the shapes of these, with as many threads as are best."""
         ...
 
 
 class OpenVino:
-    """One compiled model, one stream, all threads: fp32, bf16 where the CPU has it, or a Q/DQ graph in int8."""
+    """One thread a stream: fp32, bf16 where the CPU has it, or a Q/DQ graph in int8."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         import openvino
 
-        core = openvino.Core()
+        self._core = openvino.Core()
         check_precision("openvino", precision)
         # What is not quantised in an int8 graph is bf16 where the CPU has it: as exact, and faster.
-        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not has_bf16:
             raise EngineError(
                 "this release was built for bf16 and this CPU has no bf16 instructions (AVX-512 BF16 or AMX); "
                 "build it with --precision fp32, int8 or auto for this kind of machine"
             )
-        options = {
-            "INFERENCE_PRECISION_HINT": "bf16" if has_bf16 and precision != "fp32" else "f32",
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        self._request: Any = core.compile_model(str(path), "CPU", options).create_infer_request()
+        self._model = self._core.read_model(str(path))
+        self._type = "bf16" if has_bf16 and precision != "fp32" else "f32"
+        self.streams = threads
+        self._forms: dict[Shapes, Any] = {}
+        self._any_shape = self._compile(self._model, threads, streams=threads)
+        self._alone: dict[Shapes, Any] = {}
+        self._pool = ThreadPoolExecutor(threads)
+        self._requests = threading.local()
 
-    def infer(self, inputs: Arrays) -> npt.NDArray[np.float32]:
-        """Run the graph once; returns a copy of its output."""
-        return self._request.infer(inputs, share_inputs=True)[0].copy()  # type: ignore[no-any-return]
+    def infer(self, inputs: Arrays) -> Floats:
+        """Run the graph once, alone; returns a copy of its output."""
+        shapes = shapes_of(inputs)
+        return self._run(inputs, self._alone.get(shapes) or self._forms.get(shapes, self._any_shape))
+
+    def infer_all(self, parts: Sequence[Arrays]) -> list[Floats]:
+        """Run the graph on each of the parts, in this order, on all streams; returns the outputs."""
+        if len(parts) == 1:
+            return [self.infer(parts[0])]
+        forms = [self._forms.get(shapes_of(inputs), self._any_shape) for inputs in parts]
+        return list(self._pool.map(self._run, parts, forms))
+
+    def specialise(self, examples: Sequence[Arrays]) -> None:
+        """Compile the graph for just these shapes; for `infer` with several threads, where those are clearly faster."""
+        models = [self._model.clone() for _ in examples]
+        for model, inputs in zip(models, examples, strict=True):
+            model.reshape({name: list(values.shape) for name, values in inputs.items()})
+            self._forms[shapes_of(inputs)] = self._compile(model, self.streams, self.streams)
+        threads = fastest(self.streams, lambda count: self._latency(models[0], count, examples[0]))
+        if threads > 1:
+            for model, inputs in zip(models, examples, strict=True):
+                self._alone[shapes_of(inputs)] = self._compile(model, threads)
+
+    def _run(self, inputs: Arrays, form: Any) -> Floats:
+        # A request runs one execution at a time: each thread has its own of each form.
+        mine = self._requests.__dict__
+        key = str(id(form))
+        if key not in mine:
+            mine[key] = form.create_infer_request()
+        return mine[key].infer(inputs, share_inputs=True)[0].copy()  # type: ignore[no-any-return]
+
+    def _latency(self, model: Any, threads: int, inputs: Arrays) -> float:
+        request = self._compile(model, threads).create_infer_request()
+        return median_seconds(lambda: request.infer(inputs, share_inputs=True))
+
+    def _compile(self, model: Any, threads: int, streams: int = 1) -> Any:
+        options = {
+            "INFERENCE_PRECISION_HINT": self._type,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": streams,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        }
+        return self._core.compile_model(model, "CPU", options)
 
 
 class OnnxRuntime:
-    """One session on the CPU: fp32, a Q/DQ graph in int8, or a dynamically quantised graph."""
+    """One thread a session run: fp32, a Q/DQ graph in int8, or a dynamically quantised graph."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
-        import onnxruntime
-
         check_precision("onnxruntime", precision)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
         # Fused with their bias, the products of a Q/DQ graph would not be found by the fusion that makes them int8,
         # and run in fp32, slower than the fp32 graph.
-        disabled = ["MatMulAddFusion"] if precision == "int8" else []
-        self._session: Any = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        self._path, self._disabled = path, ["MatMulAddFusion"] if precision == "int8" else []
+        self.streams = threads
+        self._alone = self._session = self._open(1)
+        self._pool = ThreadPoolExecutor(threads)
+
+    def infer(self, inputs: Arrays) -> Floats:
+        """Run the graph once, alone; returns its output."""
+        return self._alone.run(None, dict(inputs))[0]  # type: ignore[no-any-return]
+
+    def infer_all(self, parts: Sequence[Arrays]) -> list[Floats]:
+        """Run the graph on each of the parts, in this order, on all streams; returns the outputs."""
+        if len(parts) == 1:
+            return [self.infer(parts[0])]
+        # A session may be run by several threads at once.
+        return list(self._pool.map(lambda inputs: self._session.run(None, dict(inputs))[0], parts))
+
+    def specialise(self, examples: Sequence[Arrays]) -> None:
+        """Find out how many threads are best on the first of these; shapes make no difference here."""
+
+        def latency(threads: int) -> float:
+            session = self._open(threads)
+            return median_seconds(lambda: session.run(None, dict(examples[0])))
+
+        threads = fastest(self.streams, latency)
+        self._alone = self._session if threads == 1 else self._open(threads)
+
+    def _open(self, threads: int) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        return onnxruntime.InferenceSession(
+            str(self._path), options, providers=["CPUExecutionProvider"], disabled_optimizers=self._disabled
         )
 
-    def infer(self, inputs: Arrays) -> npt.NDArray[np.float32]:
-        """Run the graph once; returns its output."""
-        return self._session.run(None, dict(inputs))[0]  # type: ignore[no-any-return]
+
+def shapes_of(inputs: Arrays) -> Shapes:
+    """What a specialised form is known by."""
+    return tuple(values.shape for values in inputs.values())
+
+
+def fastest(most: int, latency: Callable[[int], float]) -> int:
+    """How many threads to use, of 1, 2, 4, … `most`: more only where they are clearly faster than fewer."""
+    best, seconds = 1, latency(1)
+    for threads in sorted({*(1 << power for power in range(1, most.bit_length())), most} - {1}):
+        measured = latency(threads)
+        if measured < _WORTH_IT * seconds:
+            best, seconds = threads, measured
+    return best
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """How long it takes: median of some runs, after as many to warm up."""
+    seconds = []
+    for _ in range(2 * _RUNS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[_RUNS:])
 
 
 ENGINES: dict[str, Callable[[Path, str, int], Engine]] = {"openvino": OpenVino, "onnxruntime": OnnxRuntime}

@@ -1,41 +1,40 @@
-"""Triton's side of the CPU engine: unpack requests, run them as one packed batch, split the logits."""
+"""Triton's side of the CPU engine: unpack requests, run them as one batch, split the logits."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from .engines import ENGINES
-from .packing import Ids, check, divide, pack, unpack
-from .threads import cpu_limit
-from .warmup import batches
+from .host import Host
+from .packing import check, unpack
 
 
 class TritonPythonModel:
-    """input_ids, span -> logits."""
+    """input_ids, deadline -> logits."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load and warm up the engine; Triton reports ready only after it."""
+        """Load, specialise and warm up the engine; Triton reports ready only after it."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        threads = cpu_limit()
         self._max_tokens = int(parameters["max_tokens"])
-        self._engine = ENGINES[parameters["engine"]](path, parameters["precision"], threads)
-        for batch in batches(config["max_batch_size"], self._max_tokens):
-            self._engine.infer(pack(batch))
-        pb_utils.Logger.log_info(f"bert: {parameters['engine']} {parameters['precision']}, {threads} threads")
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._host = Host(folder, parameters, config["max_batch_size"], pb_utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
         responses: list[Any] = [None] * len(requests)
         good = {}
+        now = time.monotonic_ns() // 1000
         for index, request in enumerate(requests):
+            deadline = pb_utils.get_input_tensor_by_name(request, "deadline")
+            if deadline is not None and now > deadline.as_numpy().max():
+                refusal = pb_utils.TritonError("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
+                responses[index] = pb_utils.InferenceResponse(error=refusal)
+                continue
             input_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()
             try:
                 check(input_ids, self._max_tokens)
@@ -45,14 +44,6 @@ class TritonPythonModel:
                 responses[index] = pb_utils.InferenceResponse(error=refusal)
         if good:
             batch = list(good.values())
-            for index, rows in zip(good, unpack(self._infer(batch), batch), strict=True):
+            for index, rows in zip(good, unpack(self._host.infer(batch), batch), strict=True):
                 responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("logits", rows)])
         return responses
-
-    def _infer(self, batch: list[Ids]) -> npt.NDArray[np.float32]:
-        """Logits [texts, labels] of all texts of the requests, in their order."""
-        parts = [(texts, self._engine.infer(inputs)) for texts, inputs in divide(batch)]
-        logits = np.empty((sum(len(texts) for texts, _ in parts), parts[0][1].shape[1]), np.float32)
-        for texts, rows in parts:
-            logits[texts] = rows
-        return logits

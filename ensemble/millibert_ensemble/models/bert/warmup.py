@@ -24,3 +24,14 @@ def batches(max_texts: int, max_tokens: int) -> Iterator[list[Ids]]:
             yield [np.ones((1, int(length)), np.int32) for length in lengths]
         texts *= 2
     yield [np.ones((max_texts, max_tokens), np.int32)]
+
+
+def rectangles(max_texts: int, max_tokens: int) -> Iterator[list[Ids]]:
+    """Batches of 1, 2, 4, … `max_texts` texts of one length, of the lengths that padding in powers of two gives."""
+    texts = 1
+    while texts < 2 * max_texts:
+        tokens = 16
+        while tokens < 2 * max_tokens:
+            yield [np.ones((min(texts, max_texts), min(tokens, max_tokens)), np.int32)]
+            tokens *= 2
+        texts *= 2

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .ranking import ACTIVATIONS, best, requested_top_k
+from .ranking import Ranker, tensors
 
 
 class TritonPythonModel:
@@ -17,43 +17,30 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load labels and thresholds; problem type, temperature and default K are parameters of the config."""
-        parameters = json.loads(args["model_config"])["parameters"]
-        folder = Path(args["model_repository"]) / args["model_version"]
-        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-        self._labels = np.array([label.encode() for label in labels], dtype=np.object_)
-        thresholds = json.loads((folder / "thresholds.json").read_text(encoding="utf-8"))
-        self._thresholds = np.array(thresholds, np.float32)
-        self._activation = ACTIVATIONS[parameters["problem"]["string_value"]]
-        self._temperature = np.float32(parameters["temperature"]["string_value"])
-        self._top_k = int(parameters["top_k"]["string_value"])
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._ranker = Ranker(Path(args["model_repository"]) / args["model_version"], parameters)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
-        logits = [pb_utils.get_input_tensor_by_name(request, "logits").as_numpy() for request in requests]
-        # A row of NaN is an engine that could not trust its input; it only spoils its own request.
-        with np.errstate(invalid="ignore"):
-            scores = self._activation(np.concatenate(logits) / self._temperature)
-        ends = np.cumsum([len(rows) for rows in logits])
-        return [
-            self._answer(request, rows) for request, rows in zip(requests, np.split(scores, ends[:-1]), strict=True)
-        ]
-
-    def _answer(self, request: Any, scores: Any) -> Any:
-        try:
-            top_k = requested_top_k(request.parameters(), self._top_k, len(self._labels))
-        except ValueError as error:
-            return _error(str(error), pb_utils.TritonError.INVALID_ARG)
-        if np.isnan(scores).any():
-            return _error("the engine returned NaN for this request", pb_utils.TritonError.INTERNAL)
-        ranking = best(scores, top_k)
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor("LABEL", self._labels[ranking.ids]),
-                pb_utils.Tensor("SCORE", ranking.scores.astype(np.float32)),
-                pb_utils.Tensor("LABEL_ID", ranking.ids),
-                pb_utils.Tensor("ACCEPTED", ranking.scores >= self._thresholds[ranking.ids]),
-            ]
-        )
+        responses: list[Any] = [None] * len(requests)
+        logits, top_k = {}, {}
+        for index, request in enumerate(requests):
+            try:
+                top_k[index] = self._ranker.requested_top_k(request.parameters())
+                logits[index] = pb_utils.get_input_tensor_by_name(request, "logits").as_numpy()
+            except ValueError as error:
+                responses[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+        if logits:
+            rows = list(logits.values())
+            answers = self._ranker.answers(np.concatenate(rows), list(map(len, rows)), list(top_k.values()))
+            for index, answer in zip(logits, answers, strict=True):
+                if answer is None:
+                    reason = "the engine returned NaN for this request"
+                    responses[index] = _error(reason, pb_utils.TritonError.INTERNAL)
+                else:
+                    responses[index] = pb_utils.InferenceResponse(tensors(answer, pb_utils))
+        return responses
 
 
 def _error(message: str, code: Any) -> Any:

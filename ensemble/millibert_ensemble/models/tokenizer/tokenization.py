@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,19 @@ def decode(texts: npt.NDArray[np.object_]) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"TEXT[{index}] is not UTF-8: {error.reason} at byte {error.start}") from error
     return decoded
+
+
+def requested_timeout(parameters: str, longest_us: int) -> int:
+    """Microseconds a request may wait: `queue_timeout_ms` of its parameters (JSON) where that is less than the limit.
+
+    Raises ValueError for what is no positive number.
+    """
+    if not parameters or "queue_timeout_ms" not in (given := json.loads(parameters)):
+        return longest_us
+    value = given["queue_timeout_ms"]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"queue_timeout_ms must be a positive number of milliseconds, not {value!r}")
+    return min(longest_us, int(1000 * value))
 
 
 def tokenize(tokenizer: Tokenizer, requests: Sequence[Sequence[str]], buckets: Sequence[int] = ()) -> list[Tokens]:

@@ -1,0 +1,70 @@
+"""A release as one model instead of four: the same service, files and answers, with less work around the engine.
+
+An ensemble passes each request through three processes; here one process does all three steps. It is for CPU nodes:
+there a third of a request's CPU time goes into passing it on. A GPU's plan needs the ensemble.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+
+from millibert._errors import UsageError
+from millibert_build.publish import RELEASE_FILE, check_replaceable, replacing
+from millibert_build.release import as_json
+from millibert_build.repository import FUSED, MODELS, check_config, hash_files, load_config
+from millibert_ensemble import contract
+from millibert_ensemble.repository_check import CONFIG, FUSED_WIRING, WIRING, check_repository, parse_config
+
+
+def fuse(repository: Path, out: Path) -> dict[str, Any]:
+    """Publish the fused form of `repository` at `out` in one step; returns its manifest.
+
+    Raises `UsageError` where the repository is broken or fused already; `out` is then as it was.
+    """
+    check = check_repository(repository)
+    if check.problems:
+        raise UsageError(f"{repository} cannot be fused: {'; '.join(check.problems)}")
+    if check.manifest.get(WIRING) == FUSED_WIRING:
+        raise UsageError(f"{repository} is fused already")
+    if out.resolve() == repository.resolve():
+        raise UsageError(f"{out}: the release itself; give another --out, or serving the ensemble needs a new build")
+    check_replaceable(out)
+    name = str(check.manifest["name"])
+    with replacing(out) as staging:
+        version = staging / name / contract.VERSION
+        version.mkdir(parents=True)
+        for model in contract.COMPOSING_MODELS:
+            for path in sorted((repository / model / contract.VERSION).iterdir()):
+                if path.is_file() and path.name != "model.py" and ".plan" not in path.suffixes:
+                    shutil.copyfile(path, version / path.name)
+        shutil.copyfile(MODELS / FUSED / "model.py", version / "model.py")
+        config = _config(repository, name)
+        (staging / name / CONFIG).write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
+        manifest = {**check.manifest, WIRING: FUSED_WIRING}
+        manifest.pop("tensorrt", None)
+        manifest["files"] = dict(hash_files(staging))
+        (staging / RELEASE_FILE).write_text(as_json(manifest), encoding="utf-8")
+    return manifest
+
+
+def _config(repository: Path, name: str) -> Any:
+    """The template with the limits, queues and parameters that the four models have."""
+    config = load_config(FUSED)
+    bert = parse_config(repository / contract.BERT / CONFIG)
+    config.name, config.max_batch_size = name, bert.max_batch_size
+    config.dynamic_batching.CopyFrom(bert.dynamic_batching)
+    for model in (name, *contract.COMPOSING_MODELS):
+        for key, value in parse_config(repository / model / CONFIG).parameters.items():
+            config.parameters[key].string_value = value.string_value
+    check_config(config, FUSED)
+    return config
+
+
+def describe(manifest: dict[str, Any], out: Path) -> str:
+    """What was made, in a line."""
+    return f"fused {json.dumps(manifest['name'])} in {out}; serve it with: millibert serve --repository {out}"

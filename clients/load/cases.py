@@ -1,0 +1,83 @@
+"""What a benchmark measures: every case on servers that are all up, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from load.generator import Load
+from load.generator import measure as measure_ourselves
+from load.transports import triton_requests
+from millibert import _perf_analyzer as perf_analyzer
+from millibert._perf_analyzer import Measurement
+from millibert_ensemble.server import TritonServer
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    form: str  # of the release: as it is, padded, …
+    mix: str
+    transport: str
+    texts: int  # of a request
+    concurrency: int
+
+
+class Bench(NamedTuple):
+    """The servers by form, the texts by mix, and how to measure."""
+
+    servers: Mapping[str, TritonServer]
+    texts: Mapping[str, Sequence[str]]
+    by_perf_analyzer: bool
+    seconds: float
+    rounds: int
+
+
+def run_cases(bench: Bench, cases: Iterable[Case]) -> dict[Case, list[Measurement]]:
+    """Each case's runs that became steady; all cases in turns, so that a slow minute does not hit one of them only."""
+    wanted = list(dict.fromkeys(cases))
+    found: dict[Case, list[Measurement]] = {case: [] for case in wanted}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {mix: Path(folder, f"{mix}.json") for mix in bench.texts}
+        for mix, texts in bench.texts.items():
+            perf_analyzer.write_texts(files[mix], texts)
+        for case in tqdm(wanted * bench.rounds, desc="cases", disable=None, leave=False):
+            one = _by_perf_analyzer(bench, case, files[case.mix]) if bench.by_perf_analyzer else _by_us(bench, case)
+            found[case] += [one] if one is not None else []
+    return found
+
+
+def _by_perf_analyzer(bench: Bench, case: Case, texts: Path) -> Measurement | None:
+    window = round(1000 * bench.seconds / 3)  # it wants three steady windows
+    url, model = _target(bench, case)
+    return perf_analyzer.measure(url, model, texts, case.texts, case.concurrency, window)
+
+
+def _by_us(bench: Bench, case: Case) -> Measurement:
+    requests = triton_requests(*_target(bench, case), bench.texts[case.mix], case.texts)
+    return measure_ourselves(Load(requests, bench.seconds, case.concurrency), case.texts)
+
+
+def _target(bench: Bench, case: Case) -> tuple[str, str]:
+    server = bench.servers[case.form]
+    return server.grpc_url if case.transport == "grpc" else server.http_url, server.services[0]
+
+
+def as_json(case: Case, runs: Sequence[Measurement], ceiling: float) -> dict[str, Any]:
+    """The case and its medians; without figures where no run became steady. `ceiling`: the engine's texts/s alone."""
+    document: dict[str, Any] = {**case._asdict(), "runs": len(runs)}
+    if not runs:
+        return document
+    rate = statistics.median(one.texts_per_second for one in runs)
+    return {
+        **document,
+        "texts_per_second": rate,
+        "of_ceiling": rate / ceiling,
+        "p50_ms": statistics.median(one.p50_ms for one in runs),
+        "p99_ms": statistics.median(one.p99_ms for one in runs),
+    }

@@ -1,0 +1,32 @@
+"""What all benchmarks under load start from: a release, labelled texts, and how a server's memory is looked at."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import psutil
+
+from millibert._errors import UsageError
+from millibert_ensemble import processes
+from millibert_ensemble.server import TritonServer
+
+
+def add_release(parser: argparse.ArgumentParser) -> None:
+    """Add what all benchmarks need: a release, and labelled texts."""
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="labelled texts")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
+
+
+def memory_mib(server: TritonServer) -> dict[str, float]:
+    """Resident memory of tritonserver and of each model's process, in MiB.
+
+    Raises `UsageError` where one of them has ended.
+    """
+    pids = {"tritonserver": server.pid, **{stub.model: stub.pid for stub in processes.stubs(server.pid)}}
+    try:
+        return {name: psutil.Process(pid).memory_info().rss / 2**20 for name, pid in pids.items()}
+    except psutil.NoSuchProcess as error:
+        raise UsageError(f"a process of the server has ended: {error}") from error

@@ -1,0 +1,96 @@
+"""Very many requests: does the server's memory stay flat?
+
+example:
+  python -m load.soak --repository banking77_repository --data test.csv --label-column category --requests 200000
+
+Sends single texts over gRPC, 64 under way, and looks at the resident memory of tritonserver and of each model's process
+from the tenth part of the requests on, by when every size of batch has been met. Flat means: at the end at most
+`--growth` above what it was then.
+
+exit status: 0 flat, 1 it grew or a request failed, 2 wrong usage
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from load.generator import Load, measure
+from load.machine import describe_machine
+from load.released import add_release, memory_mib
+from load.transports import triton_requests
+from millibert._arguments import positive_float, positive_int
+from millibert._errors import MillibertError
+from millibert._labelled_texts import read_labelled_texts
+from millibert._statistics import read_statistics
+from millibert_ensemble.server import TritonServer
+
+_CONCURRENCY = 64
+_LOOKS_SECONDS = 5.0
+_WARM = 0.1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add_release(parser)
+    parser.add_argument("--requests", type=positive_int, default=200_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--growth", type=positive_float, default=0.05, metavar="SHARE", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Send and look; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m load.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    configure(parser)
+    args = parser.parse_args(argv)
+    try:
+        found = run(args)
+    except MillibertError as error:
+        print(f"load.soak: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found) if args.json else table(found))
+    return 0 if found["flat"] else 1
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Load in slices; after each a look at memory."""
+    texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
+    looks: list[dict[str, Any]] = []
+    with TritonServer(args.repository) as server, tqdm(total=args.requests, disable=None, leave=False) as bar:
+        model = server.services[0]
+        load = Load(triton_requests(server.grpc_url, model, texts), seconds=_LOOKS_SECONDS, concurrency=_CONCURRENCY)
+        while bar.n < args.requests:
+            measure(load, 1)
+            done = read_statistics(server.grpc_url, 10)[model].requests
+            looks.append({"requests": done, "memory_mib": memory_mib(server)})
+            bar.update(done - bar.n)
+    return {"model": model, **describe_machine(), "looks": looks, **judge(looks, args.growth)}
+
+
+def judge(looks: list[dict[str, Any]], growth: float) -> dict[str, Any]:
+    """Memory after the warm-up and at the end, of all processes together."""
+    total = [(look["requests"], sum(look["memory_mib"].values())) for look in looks]
+    warm = next(memory for requests, memory in total if requests >= _WARM * total[-1][0])
+    last = total[-1][1]
+    return {"requests": total[-1][0], "warm_mib": warm, "last_mib": last, "flat": last <= (1 + growth) * warm}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The verdict, and memory along the way."""
+    lines = [f"{found['model']}, {found['cpus']} CPUs ({found['cpu']}): {found['requests']:,} requests"]
+    every = max(1, len(found["looks"]) // 10)
+    for look in [*found["looks"][:-1:every], found["looks"][-1]]:
+        parts = ", ".join(f"{name} {mib:,.0f}" for name, mib in look["memory_mib"].items())
+        lines.append(f"{look['requests']:>9,} requests: {sum(look['memory_mib'].values()):>6,.0f} MiB ({parts})")
+    lines.append(f"{'PASS' if found['flat'] else 'FAIL'}  {found['warm_mib']:,.0f} to {found['last_mib']:,.0f} MiB")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

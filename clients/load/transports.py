@@ -1,0 +1,138 @@
+"""Requests laid out once and sent as bytes, over gRPC and HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from millibert._client import Address, parse_address
+from millibert_ensemble.contract import QUEUE_TIMEOUT_PARAMETER, TEXT
+
+ANSWERED = "answered"
+# What a server that is too busy says, over either protocol.
+BUSY = ("UNAVAILABLE", "HTTP 503")
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+class Request(NamedTuple):
+    """One request, ready to be sent."""
+
+    body: bytes
+    headers: Mapping[str, str]  # of HTTP
+
+
+class Requests(NamedTuple):
+    """Where requests go, and the requests."""
+
+    url: str
+    path: str
+    each: Sequence[Request]
+
+
+class Transport(Protocol):
+    """Sends one request; as many may be under way as the caller likes."""
+
+    async def send(self, request: Request) -> str:
+        """`ANSWERED`, or what happened instead in a word: gRPC's status, `HTTP 503` or an exception's name."""
+        ...
+
+
+def triton_requests(
+    url: str, model: str, texts: Sequence[str], per_request: int = 1, queue_timeout_ms: float | None = None
+) -> Requests:
+    """Requests to a Triton that hold `per_request` texts each, in the order of the texts.
+
+    `queue_timeout_ms`: a request that waits for the engine for longer is refused.
+    """
+    chunks = [texts[start : start + per_request] for start in range(0, len(texts) - per_request + 1, per_request)]
+    if parse_address(url).scheme == "grpc":
+        return Requests(url, INFER, [Request(_grpc_body(model, chunk, queue_timeout_ms), {}) for chunk in chunks])
+    return Requests(url, f"/v2/models/{model}/infer", [_http_request(chunk, queue_timeout_ms) for chunk in chunks])
+
+
+def _tensor(module: Any, texts: Sequence[str]) -> Any:
+    array = np.array([[text.encode()] for text in texts], np.object_)
+    tensor = module.InferInput(TEXT.name, list(array.shape), TEXT.datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _grpc_body(model: str, texts: Sequence[str], queue_timeout_ms: float | None) -> bytes:
+    from tritonclient import grpc
+    from tritonclient.grpc import service_pb2
+
+    tensor = _tensor(grpc, texts)
+    request = service_pb2.ModelInferRequest(model_name=model)
+    request.inputs.append(tensor._get_tensor())
+    request.raw_input_contents.append(tensor._get_content())
+    if queue_timeout_ms is not None:
+        request.parameters[QUEUE_TIMEOUT_PARAMETER].int64_param = round(queue_timeout_ms)
+    return bytes(request.SerializeToString())
+
+
+def _http_request(texts: Sequence[str], queue_timeout_ms: float | None) -> Request:
+    from tritonclient import http
+
+    make = http.InferenceServerClient.generate_request_body
+    parameters = {} if queue_timeout_ms is None else {QUEUE_TIMEOUT_PARAMETER: round(queue_timeout_ms)}
+    body, json_size = make([_tensor(http, texts)], parameters=parameters)
+    return Request(bytes(body), {"Inference-Header-Content-Length": str(json_size)})
+
+
+@contextlib.asynccontextmanager
+async def open_transport(requests: Requests) -> AsyncIterator[Transport]:
+    """The transport that the url's scheme names."""
+    address = parse_address(requests.url)
+    opened: _Grpc | _Http = (_Grpc if address.scheme == "grpc" else _Http)(address, requests.path)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+class _Grpc:
+    """Unary calls on one channel; bytes go in and come out as they are."""
+
+    def __init__(self, address: Address, path: str) -> None:
+        from grpc import aio
+
+        from millibert._grpc import channel_options
+
+        self._error = aio.AioRpcError
+        self._channel = aio.insecure_channel(address.netloc, options=channel_options(address.host))
+        self._call = self._channel.unary_unary(path)
+
+    async def send(self, request: Request) -> str:
+        try:
+            await self._call(request.body)
+        except self._error as error:
+            return str(error.code().name)
+        return ANSWERED
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class _Http:
+    """Keep-alive connections, as many as are needed at once, and no proxy."""
+
+    def __init__(self, address: Address, path: str) -> None:
+        import aiohttp
+
+        self._error = aiohttp.ClientError
+        self._url = f"{address}{path}"
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
+
+    async def send(self, request: Request) -> str:
+        try:
+            async with self._session.post(self._url, data=request.body, headers=request.headers) as answer:
+                await answer.read()
+        except self._error as error:
+            return type(error).__name__
+        return ANSWERED if answer.status == 200 else f"HTTP {answer.status}"
+
+    async def close(self) -> None:
+        await self._session.close()

@@ -1,0 +1,48 @@
+"""The engine as a model of Triton holds it: specialised, warmed up, and keeping count of its work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .engines import ENGINES, Floats
+from .inference import LAYOUTS, infer
+from .memory import Memory
+from .packing import Ids, alone, rows_of
+from .threads import cpu_limit
+from .warmup import batches, rectangles
+from .work import DESCRIPTION, KINDS, METRIC, Ledger
+
+
+class Host:
+    """`model.onnx` in a folder, in the engine, precision and layout that the config's parameters name."""
+
+    def __init__(self, folder: Path, parameters: dict[str, str], max_texts: int, pb_utils: Any) -> None:
+        threads, max_tokens = cpu_limit(), int(parameters["max_tokens"])
+        self._engine = ENGINES[parameters["engine"]](folder / "model.onnx", parameters["precision"], threads)
+        self._arrange = LAYOUTS[parameters["layout"]]
+        packed = parameters["layout"] == "packed"
+        if packed:
+            self._engine.specialise(alone(max_tokens))
+        for batch in batches(max_texts, max_tokens) if packed else rectangles(max_texts, max_tokens):
+            infer(self._engine, self._arrange(batch, self._engine.streams))
+        self._family = pb_utils.MetricFamily(METRIC, DESCRIPTION, pb_utils.MetricFamily.COUNTER)
+        counters = {kind: self._family.Metric(labels={"kind": kind}) for kind in KINDS}
+        self._ledger = Ledger(lambda kind, tokens: counters[kind].increment(tokens))
+        cached = int(parameters.get("cache_texts", "0"))
+        self._memory = Memory(cached) if cached else None
+        pb_utils.Logger.log_info(f"{parameters['engine']} {parameters['precision']}, {threads} threads")
+
+    def infer(self, requests: Sequence[Ids]) -> Floats:
+        """Logits [texts, labels] of all texts of the requests, in their order."""
+        if self._memory is None:
+            return self._compute(requests)
+        return self._memory.infer(rows_of(requests), lambda rows: self._compute([row[None] for row in rows]))
+
+    def _compute(self, requests: Sequence[Ids]) -> Floats:
+        parts = self._arrange(requests, self._engine.streams)
+        logits = infer(self._engine, parts)
+        self._ledger.add((part.inputs for part in parts), time.monotonic())
+        return logits

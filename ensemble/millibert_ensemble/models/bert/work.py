@@ -1,0 +1,41 @@
+"""How much of the engine's work is on padding, counted for Triton's metrics; without Triton."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from .packing import Inputs
+
+# The metric and the values of its label `kind`.
+METRIC = "millibert_tokens_total"
+DESCRIPTION = "Tokens of all executions: of the texts themselves, computed on, and cells of attention's grid"
+KINDS = ("text", "computed", "attention")
+
+
+def work_of(inputs: Inputs) -> Counter[str]:
+    """Tokens that are text, that products with weights computed on, and that attention's grid had room for."""
+    ids = inputs["input_ids"]
+    text = int((ids != 0).sum())
+    grid = inputs["lengths"].size * inputs["max_length"].size if "lengths" in inputs else ids.size
+    return Counter({"text": text, "computed": ids.size, "attention": grid})
+
+
+class Ledger:
+    """Adds up work, and hands it on once in a while: telling Triton takes longer than counting."""
+
+    def __init__(self, tell: Callable[[str, int], None], every_seconds: float = 1.0) -> None:
+        self._tell = tell
+        self._every = every_seconds
+        self._sum: Counter[str] = Counter()
+        self._told = float("-inf")
+
+    def add(self, parts: Iterable[Inputs], now: float) -> None:
+        """Count executions; `now` is a monotonic time in seconds."""
+        for inputs in parts:
+            self._sum += work_of(inputs)
+        if now - self._told >= self._every:
+            for kind, tokens in self._sum.items():
+                self._tell(kind, tokens)
+            self._sum.clear()
+            self._told = now

@@ -1,0 +1,58 @@
+"""Triton's side of the fused model: texts to answers in one execution, by the files of the other models."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from .host import Host
+from .ranking import Ranker, tensors
+from .tokenization import decode, load, tokenize
+
+
+class TritonPythonModel:
+    """TEXT -> LABEL, SCORE, LABEL_ID, ACCEPTED, TRUNCATED."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load everything, specialise and warm up the engine; Triton reports ready only after it."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._tokenizer = load(folder / "tokenizer.json")
+        self._ranker = Ranker(folder, parameters)
+        self._host = Host(folder, parameters, config["max_batch_size"], pb_utils)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer all waiting requests; what is wrong with one is told to that one only."""
+        responses: list[Any] = [None] * len(requests)
+        texts: dict[int, list[str]] = {}
+        top_k: dict[int, int] = {}
+        for index, request in enumerate(requests):
+            try:
+                wanted = self._ranker.requested_top_k(request.parameters())
+                texts[index] = decode(pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy())
+                top_k[index] = wanted
+            except ValueError as error:
+                responses[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+        if texts:
+            tokens = tokenize(self._tokenizer, list(texts.values()))
+            logits = self._host.infer([each.input_ids for each in tokens])
+            counts = [len(each) for each in texts.values()]
+            answers = self._ranker.answers(logits, counts, list(top_k.values()))
+            for index, one, answer in zip(texts, tokens, answers, strict=True):
+                if answer is None:
+                    reason = "the engine returned NaN for this request"
+                    responses[index] = _error(reason, pb_utils.TritonError.INTERNAL)
+                else:
+                    truncated = pb_utils.Tensor("TRUNCATED", one.truncated)
+                    responses[index] = pb_utils.InferenceResponse([*tensors(answer, pb_utils), truncated])
+        return responses
+
+
+def _error(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
