@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 SCENARIO := build/scenarios/customer_service.toml
 REPOSITORY := model_repository
 
-.PHONY: demo build serve bench test lint format clean help
+.PHONY: demo build serve bench bench-peers bench-overload bench-soak test lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,9 @@ help:
 	@echo "make build   the demo's model repository, in $(REPOSITORY)/"
 	@echo "make serve   serve $(REPOSITORY)/ until Ctrl-C"
 	@echo "make bench   the engine alone and served under load, on $(REPOSITORY)/ and DATA=..."
+	@echo "make bench-peers     the same model in Infinity, LitServe and FastAPI, in one run (CHECKPOINT=...)"
+	@echo "make bench-overload  twice the capacity for a minute: who is answered, how fast, and what follows"
+	@echo "make bench-soak      200,000 requests: does memory stay flat"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the environment, checkpoints and the built repository"
@@ -38,10 +41,21 @@ serve: $(INSTALLED) $(REPOSITORY)/release.json
 	@$(BIN)/millibert serve --repository $(REPOSITORY)
 
 DATA := build/scenarios/customer_service/test.csv
+CHECKPOINT := .millibert/customer_service/checkpoint
 BENCH :=
+MEASURED := --repository $(REPOSITORY) --data $(DATA)
 
 bench: $(INSTALLED) $(REPOSITORY)/release.json
-	@$(BIN)/python -m load --repository $(REPOSITORY) --data $(DATA) $(BENCH)
+	@$(BIN)/python -m load $(MEASURED) --checkpoint $(CHECKPOINT) --plot bench.svg $(BENCH)
+
+bench-peers: $(INSTALLED) $(REPOSITORY)/release.json
+	@$(BIN)/python -m load.bench_peers $(MEASURED) --checkpoint $(CHECKPOINT) $(BENCH)
+
+bench-overload: $(INSTALLED) $(REPOSITORY)/release.json
+	@$(BIN)/python -m load.overload $(MEASURED) $(BENCH)
+
+bench-soak: $(INSTALLED) $(REPOSITORY)/release.json
+	@$(BIN)/python -m load.soak $(MEASURED) $(BENCH)
 
 test: $(INSTALLED)
 	@$(BIN)/pytest
@@ -56,5 +70,5 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format --quiet
 
 clean:
-	rm -rf .venv .millibert .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .peers .millibert .pytest_cache .mypy_cache .ruff_cache
 	find $(REPOSITORY) -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

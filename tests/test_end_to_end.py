@@ -252,12 +252,53 @@ def test_the_engine_itself_refuses_what_would_spoil_a_batch(server):
     with tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
         tensors = [
             tritonclient.grpc.InferInput("input_ids", [1, 200], "INT32"),
-            tritonclient.grpc.InferInput("span", [1, 200], "INT32"),
+            tritonclient.grpc.InferInput("deadline", [1, 1], "INT64"),
         ]
-        for tensor in tensors:
-            tensor.set_data_from_numpy(np.ones((1, 200), np.int32))
+        tensors[0].set_data_from_numpy(np.ones((1, 200), np.int32))
+        tensors[1].set_data_from_numpy(np.full((1, 1), 2**62, np.int64))
         with pytest.raises(InferenceServerException, match="200 tokens a text; this model reads at most 64"):
             raw.infer("bert", tensors)
+
+
+def ask(server, **parameters: Any) -> tuple[int, dict[str, Any]]:
+    """One text over HTTP in JSON, as curl would send it; status and answer."""
+    tensor = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["where is my parcel"]}
+    body = json.dumps({"parameters": parameters, "inputs": [tensor]}).encode()
+    try:
+        with urllib.request.urlopen(f"{server.http_url}/v2/models/{MODEL}/infer", body, timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_a_request_that_is_too_late_for_the_engine_is_told_so(server):
+    # No text is tokenized within a thousandth of a millisecond.
+    status, answer = ask(server, queue_timeout_ms=0.001)
+    assert status == 503
+    assert "busy" in answer["error"]
+    assert ask(server, queue_timeout_ms=5000)[0] == 200
+    for wrong in (0, -5, True, "soon"):
+        status, answer = ask(server, queue_timeout_ms=wrong)
+        assert status == 400
+        assert "queue_timeout_ms must be a positive number" in answer["error"]
+
+
+def test_a_lone_request_never_waits_for_another_one(server):
+    """Two clients that take turns, with pauses: where Triton's batcher missed a wake-up, it slept for 500 ms."""
+    waits = []
+
+    def one(client: millibert.Client, pause: float) -> None:
+        for _ in range(40):
+            start = time.monotonic()
+            client.classify("where is it?")
+            waits.append(time.monotonic() - start)
+            time.sleep(pause)
+
+    with connect(server, "grpc") as client, ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(one, client, pause) for pause in (0.003, 0.007)]:
+            job.result()
+    # A batcher that sleeps shows as a second peak at half a second; a busy machine does not.
+    assert sum(0.45 < wait < 0.6 for wait in waits) <= 1
 
 
 # Failures.

@@ -33,7 +33,7 @@ def native(layout, **changes):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_it_keeps_the_contract(layout):
     made, _ = native(layout)
-    check_config(made.config, "bert")
+    check_config(made.config, "plan")
     assert list(made.config.output[0].dims) == [7]
     assert made.config.max_batch_size == 12
     assert made.config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -89,14 +89,18 @@ def test_batch_sizes_end_with_the_limit():
 
 def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
     out = tmp_path / "repository"
-    options = ["--set", "serving.max_queue_delay_microseconds=700", "--set", "serving.max_queue_size=5"]
+    options = ["--set", "serving.max_queue_delay_microseconds=700"]
+    options += ["--set", "serving.queue_timeout_microseconds=300000", "--set", "serving.cache_texts=50"]
     done = release.build(out, None, "--precision", "fp32", "--tensorrt", "bf16", *options)
     assert done.returncode == 0, done.stderr
     for config in [*out.glob("*/config.pbtxt"), *out.glob("*/configs/*.pbtxt")]:
         batching = parse_config(config).dynamic_batching
         if config.parent.name != "support":
             assert batching.max_queue_delay_microseconds == 700
-            assert batching.default_queue_policy.max_queue_size == 5
+            # A limit of Triton's would let its batcher sleep while requests wait (docs/performance.md).
+            assert not batching.HasField("default_queue_policy")
+    assert parse_config(out / "tokenizer" / "config.pbtxt").parameters["queue_timeout_us"].string_value == "300000"
+    assert parse_config(out / "bert" / "config.pbtxt").parameters["cache_texts"].string_value == "50"
     section = json.loads((out / "release.json").read_text())["tensorrt"]
     assert (section["precision"], section["layout"]) == ("bf16", "packed")
     assert section["test"]["agreement"] >= 0.99

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 import millibert
-from millibert import cli
+from millibert import cli, stages_command
 from millibert._statistics import Counters, read_statistics
 from millibert_ensemble.cpu_time import SERVER, cpu_seconds, server_at
 
@@ -76,6 +76,26 @@ def test_the_report_of_a_window_under_load(server, capsys):
     assert cpu["bert"] > 0
     for word in ("support:", "requests/s", "tokenizer", "between stages", "CPU seconds for 1,000 requests: bert"):
         assert word in table
+
+
+@pytest.mark.e2e
+def test_padding_is_counted_by_the_engine(server, capsys):
+    command = ["stages", "--url", server.grpc_url, "--model", "support", "--seconds", "0", "--json"]
+    classify(server, 3, texts=4)
+    assert cli.main([*command, "--metrics-url", server.metrics_url]) == 0
+    padding = json.loads(capsys.readouterr().out)["padding"]
+    # Sizes are rounded up, and attention's grid is as wide as the longest text.
+    assert 0 < padding["products"] < 0.7
+    assert 0 < padding["attention"] < 0.7
+    assert cli.main([*command, "--metrics-url", f"{server.http_url}/nowhere"]) == 1
+    assert "is this the metrics port?" in capsys.readouterr().err
+
+
+def test_padding_is_shares_of_the_work_or_unknown():
+    tokens = {"text": 60.0, "computed": 80.0, "attention": 120.0}
+    assert stages_command.padding(tokens) == {"products": 0.25, "attention": 0.5}
+    assert stages_command.padding({}) is None
+    assert stages_command.padding({**tokens, "attention": 0.0}) is None
 
 
 @pytest.mark.e2e

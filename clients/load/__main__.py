@@ -11,8 +11,8 @@ smallest and at a usual concurrency (64, or the largest asked for): HTTP; texts 
 model's limit (--mixes); and other forms of the same release (--forms): `fused`, all in one model; `padded`, the
 classical layout, made from --checkpoint; `cached`, which keeps answers, so that each text is computed only once.
 
-Load comes from perf_analyzer where that is on PATH (see docs/performance.md), else from our own client, which takes
-more CPU; the report says which. Each case is run several times in turns with all others, and medians are shown. On a
+Load comes from perf_analyzer where that is installed (`python -m load.install_perf_analyzer`), else from our own
+client; the report says which. Each case is run several times in turns with all others, and medians are shown. On a
 machine that the load shares with the server the figures are lower than a server of its own would give; ratios within
 one run are what counts.
 

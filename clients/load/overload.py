@@ -1,4 +1,4 @@
-"""More requests than a server can answer: are the accepted ones fast, the others refused, and is it over at once?
+"""Send more than a server can answer: the accepted ones must be fast, the others refused, and it over at once.
 
 example:
   python -m load.overload --repository banking77_repository --data test.csv --label-column category
@@ -147,7 +147,8 @@ def table(found: dict[str, Any]) -> str:
         f"capacity {found['capacity']:,.0f} requests/s; each may wait {found['queue_timeout_ms']:g} ms for the engine",
         f"at {_USUAL:g} of it: {usual['answered']:.2%} answered, p99 {usual['p99_ms']:.1f} ms",
         f"at {_OVER:g} times: {over['answered']:.1%} answered ({over['answered_per_second']:,.0f}/s), p50 "
-        f"{over['p50_ms']:.1f} ms, p99 {over['p99_ms']:.1f} ms; the others refused, p99 {over['refused_p99_ms']:.1f} ms",
+        f"{over['p50_ms']:.1f} ms, p99 {over['p99_ms']:.1f} ms; the others refused, p99 "
+        f"{over['refused_p99_ms']:.1f} ms",
         f"as before after {found['recovery_seconds']} s",
         *(f"{'PASS' if verdict['held'] else 'FAIL'}  {verdict['asked']}" for verdict in found["verdicts"]),
     ]

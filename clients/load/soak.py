@@ -1,4 +1,4 @@
-"""Very many requests: does the server's memory stay flat?
+"""Send very many requests, and see whether the server's memory stays flat.
 
 example:
   python -m load.soak --repository banking77_repository --data test.csv --label-column category --requests 200000

@@ -30,8 +30,7 @@ def write_padded_twin(repository: Path, checkpoint: Path, texts: Sequence[str], 
     and precision are the release's. Where that is int8, the twin is quantised with the scales that these texts call
     for: fit for timing, not for serving. Raises `UsageError` where the checkpoint is not there, or is not the one.
     """
-    if not (checkpoint / "config.json").is_file():
-        raise UsageError(f"{checkpoint}: not a checkpoint; `millibert build` keeps it in its --work folder")
+    _check_checkpoint(checkpoint)
     shutil.copytree(repository, out, copy_function=os.link)
     bert = parse_config(repository / contract.BERT / CONFIG)
     tokenizer = parse_config(repository / contract.TOKENIZER / CONFIG)
@@ -55,12 +54,31 @@ def write_cached_twin(repository: Path, cached: int, out: Path) -> None:
     write_parameters(out / contract.BERT / CONFIG, cache_texts=str(cached))
 
 
+def write_fp32_twin(repository: Path, checkpoint: Path, out: Path) -> None:
+    """The same model in fp32, for peers that compute in nothing less."""
+    from millibert_build.checkpoint import load_model
+    from millibert_build.export import export_packed
+
+    _check_checkpoint(checkpoint)
+    shutil.copytree(repository, out, copy_function=os.link)
+    limit = parse_config(repository / contract.BERT / CONFIG).parameters["max_tokens"].string_value
+    path = out / contract.BERT / contract.VERSION / "model.onnx"
+    path.unlink()
+    export_packed(load_model(checkpoint), int(limit), path)
+    write_parameters(out / contract.BERT / CONFIG, precision="fp32")
+
+
 def write_parameters(path: Path, **parameters: str) -> None:
     """Change parameters in a config of a copy of a release; not in place, since the release's own file is linked."""
     config = parse_config(path)
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     _replace(path, text_format.MessageToString(config, as_utf8=True).encode())
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    if not (checkpoint / "config.json").is_file():
+        raise UsageError(f"{checkpoint}: not a checkpoint; `millibert build` keeps it in its --work folder")
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +37,16 @@ class Measurement(NamedTuple):
 
 
 def is_here() -> bool:
-    """Whether perf_analyzer is on PATH and starts."""
-    if shutil.which(PROGRAM) is None:
-        return False
-    return subprocess.run([PROGRAM, "--version"], capture_output=True, check=False).returncode == 0
+    """Whether perf_analyzer is on PATH, or beside this Python, and starts."""
+    program = find()
+    return (
+        program is not None and subprocess.run([program, "--version"], capture_output=True, check=False).returncode == 0
+    )
+
+
+def find() -> str | None:
+    """Where it is: on PATH, or where `python -m load.install_perf_analyzer` puts it."""
+    return shutil.which(PROGRAM) or shutil.which(PROGRAM, path=str(Path(sys.executable).parent))
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
@@ -57,7 +64,7 @@ def measure(
     address = parse_address(url)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "table.csv")
-        command = [PROGRAM, "-m", model, "-i", address.scheme, "-u", address.netloc, "-b", str(texts)]
+        command = [find() or PROGRAM, "-m", model, "-i", address.scheme, "-u", address.netloc, "-b", str(texts)]
         command += ["--input-data", str(data), "--concurrency-range", str(concurrency)]
         command += ["--measurement-interval", str(window_ms), "-s", str(_STABILITY_PERCENT), "-f", str(table)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS)

@@ -1,0 +1,112 @@
+"""`millibert fuse`: one model instead of four, on a real Triton, with the ensemble's own answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc
+from tests.conftest import CUSTOMER_SERVICE, rewrite
+from tests.test_end_to_end import as_bytes
+from tritonclient.utils import InferenceServerException
+
+import millibert
+from millibert import cli
+from millibert._labelled_texts import read_labelled_texts
+from millibert_ensemble.machine import Machine
+from millibert_ensemble.preflight import preflight
+
+NO_GPU = Machine(None, ())
+TEXTS = [row.text for row in read_labelled_texts(CUSTOMER_SERVICE / "test.csv", "text", "label")[:48]]
+
+
+@pytest.fixture(scope="module")
+def fused(release, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fused") / "repository"
+    assert cli.main(["fuse", "--repository", str(release.repository), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(fused, triton):
+    with triton(fused) as running:
+        yield running
+
+
+def test_it_is_a_whole_release_of_one_model(fused, release):
+    assert [path.name for path in fused.iterdir() if path.is_dir()] == ["support"]
+    manifest = json.loads((fused / "release.json").read_text())
+    before = json.loads((release.repository / "release.json").read_text())
+    assert manifest["wiring"] == "fused"
+    assert {key: manifest[key] for key in ("labels", "metrics", "engine")} == {
+        key: before[key] for key in ("labels", "metrics", "engine")
+    }
+    verdict = preflight(fused, NO_GPU)
+    assert (verdict.answer, verdict.engine) == ("usable", "cpu")
+
+
+def test_preflight_notices_what_is_broken(fused, tmp_path):
+    copy = Path(shutil.copytree(fused, tmp_path / "copy", copy_function=os.link))
+    rewrite(copy / "support" / "config.pbtxt", (copy / "support" / "config.pbtxt").read_text().replace("SCORE", "SC"))
+    rewrite(copy / "support" / "1" / "labels.json", "[]")
+    verdict = preflight(copy, NO_GPU)
+    assert verdict.answer == "broken"
+    assert any("the contract says" in reason for reason in verdict.reasons)
+    assert any("labels.json" in reason for reason in verdict.reasons)
+
+
+@pytest.mark.e2e
+def test_answers_are_those_of_the_ensemble(server, release, triton):
+    with triton(release.repository) as whole, millibert.connect(whole.grpc_url, "support") as client:
+        expected = [client.classify(text, top_k=4) for text in TEXTS]
+        labels = client.labels()
+    with millibert.connect(server.grpc_url, "support") as client, ThreadPoolExecutor(8) as pool:
+        alone = list(pool.map(lambda text: client.classify(text, top_k=4), TEXTS))
+        together = [answer for n in range(0, 48, 16) for answer in client.classify(TEXTS[n : n + 16], top_k=4)]
+        assert client.labels() == labels
+        long = client.classify("where is my parcel " * 100)
+    assert long.truncated
+    for answers in (alone, together):
+        assert [answer.label for answer in answers] == [answer.label for answer in expected]
+        for answer, wanted in zip(answers, expected, strict=True):
+            assert answer.score == pytest.approx(wanted.score, abs=1e-3)
+            assert len(answer.predictions) == 4
+            assert not answer.truncated
+
+
+@pytest.mark.e2e
+def test_a_wrong_request_gets_its_own_error_and_spoils_nothing(server):
+    def good(text: str) -> str:
+        return client.classify(text).label
+
+    def bad(_: str) -> str:
+        with tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
+            tensor = tritonclient.grpc.InferInput("TEXT", [1, 1], "BYTES")
+            tensor.set_data_from_numpy(as_bytes(b"\xff"))
+            with pytest.raises(InferenceServerException, match="not UTF-8"):
+                raw.infer("support", [tensor])
+        with pytest.raises(millibert.InvalidRequest, match="top_k"):
+            client.classify("fine", top_k=99)
+        return ""
+
+    with millibert.connect(server.grpc_url, "support") as client, ThreadPoolExecutor(8) as pool:
+        wanted = [client.classify(text).label for text in TEXTS[:20]]
+        jobs = [pool.submit(job, text) for text in TEXTS[:20] for job in (good, bad)]
+        assert [job.result() for job in jobs][::2] == wanted
+
+
+def test_what_cannot_be_fused_is_refused(fused, release, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["fuse", "--repository", str(fused), "--out", str(out)]) == 1
+    assert "fused already" in capsys.readouterr().err
+    assert cli.main(["fuse", "--repository", str(release.repository), "--out", str(release.repository)]) == 1
+    assert "the release itself" in capsys.readouterr().err
+    broken = Path(shutil.copytree(release.repository, tmp_path / "broken", copy_function=os.link))
+    (broken / "bert" / "1" / "model.onnx").unlink()
+    assert cli.main(["fuse", "--repository", str(broken), "--out", str(out)]) == 1
+    assert "model.onnx: missing" in capsys.readouterr().err
+    assert not out.exists()
