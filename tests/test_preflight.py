@@ -213,7 +213,7 @@ DAMAGE = {
     ),
     "another batch limit": (
         lambda r: change_config(r, "tokenizer/config.pbtxt", "max_batch_size: 16", "max_batch_size: 8"),
-        "the models differ in max_batch_size",
+        "passes them to what takes fewer",
     ),
 }
 

@@ -23,9 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from millibert_build.engine import Floats, available_precisions, open_engine
+from millibert_build.layouts import rectangle, rows_of_texts
 from millibert_build.release import cpu_name
-from millibert_build.scenario import Engine
-from millibert_ensemble.models.bert.engines import Arrays
+from millibert_build.scenario import Engine as EngineName
+from millibert_ensemble.models.bert.engines import Engine
+from millibert_ensemble.models.bert.inference import LAYOUTS, infer
 from millibert_ensemble.models.bert.threads import cpu_limit
 
 Ids = list[list[int]]
@@ -36,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a fine-tuned checkpoint")
     parser.add_argument("--data", required=True, metavar="FILE", help="texts, labelled or not")
     parser.add_argument("--text-column", default="text", metavar="NAME")
-    parser.add_argument("--engine", choices=typing.get_args(Engine), default="openvino")
+    parser.add_argument("--engine", choices=typing.get_args(EngineName), default="openvino")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="texts of a batch (default: 32)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
@@ -88,11 +90,9 @@ def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path
 def _measure(
     args: argparse.Namespace, precision: str, packed: Path, padded: Path, batches: Sequence[Ids]
 ) -> dict[str, float | str]:
-    from millibert_build import layouts as arrangements
-
     layouts: dict[str, Callable[[], Floats]] = {}
-    for name, path, arrange in (("padded", padded, arrangements.padded), ("packed", packed, arrangements.packed)):
-        layouts[name] = _runner(open_engine(args.engine, path, precision).infer, arrange, batches)
+    for name, path in (("padded", padded), ("packed", packed)):
+        layouts[name] = _runner(open_engine(args.engine, path, precision), name, batches)
     logits = {name: run() for name, run in layouts.items()}  # the warm-up, too
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
     for _ in tqdm(range(args.rounds), desc=precision, disable=None, leave=False):
@@ -111,7 +111,8 @@ def _measure(
     }
 
 
-def _runner(
-    infer: Callable[[Arrays], Floats], arrange: Callable[[Ids], Arrays], batches: Sequence[Ids]
-) -> Callable[[], Floats]:
-    return lambda: np.concatenate([infer(arrange(batch)) for batch in batches])
+def _runner(engine: Engine, layout: str, batches: Sequence[Ids]) -> Callable[[], Floats]:
+    """All batches as the server runs them; what it is given is laid out beforehand."""
+    # Of the padded layout a batch is one request, padded to its longest text; of the packed one, a request a text.
+    requests = [[rectangle(batch)] if layout == "padded" else rows_of_texts(batch) for batch in batches]
+    return lambda: np.concatenate([infer(engine, LAYOUTS[layout](each, engine.streams)) for each in requests])

@@ -56,7 +56,7 @@ def _config(repository: Path, name: str) -> Any:
     """The template with the limits, queues and parameters that the four models have."""
     config = load_config(FUSED)
     bert = parse_config(repository / contract.BERT / CONFIG)
-    config.name, config.max_batch_size = name, bert.max_batch_size
+    config.name, config.max_batch_size = name, parse_config(repository / name / CONFIG).max_batch_size
     config.dynamic_batching.CopyFrom(bert.dynamic_batching)
     for model in (name, *contract.COMPOSING_MODELS):
         for key, value in parse_config(repository / model / CONFIG).parameters.items():

@@ -26,6 +26,8 @@ from millibert_ensemble.repository_check import CONFIG, CONFIG_NAME, fits, parse
 MODELS = Path(millibert_ensemble.__file__).parent / "models"
 ENSEMBLE_TEMPLATE = "classify"
 FUSED = "fused"
+# The CPU engine merges more texts than a request may hold: the more there are, the more alike are those of a part.
+_MERGED_REQUESTS = 2
 # Triton's configs say STRING where its protocol says BYTES.
 _CONFIG_DATATYPES = {"BYTES": "TYPE_STRING"}
 
@@ -85,6 +87,8 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
         if template == contract.BERT:
             config.output[0].dims[:] = [len(artefacts.labels)]
         _finish(config, template, scenario)
+        if template == contract.BERT:
+            config.max_batch_size = _MERGED_REQUESTS * scenario.max_texts
         _write_model(folder / config.name, config, MODELS / template)
     if artefacts.tensorrt is not None:
         _write_native(folder, scenario, artefacts.tensorrt)

@@ -14,7 +14,7 @@ from load.generator import Load
 from load.generator import measure as measure_ourselves
 from load.transports import triton_requests
 from millibert import _perf_analyzer as perf_analyzer
-from millibert._perf_analyzer import Measurement
+from millibert._perf_analyzer import Measurement, Refused
 from millibert_ensemble.server import TritonServer
 
 
@@ -39,7 +39,10 @@ class Bench(NamedTuple):
 
 
 def run_cases(bench: Bench, cases: Iterable[Case]) -> dict[Case, list[Measurement]]:
-    """Each case's runs that became steady; all cases in turns, so that a slow minute does not hit one of them only."""
+    """Each case's runs that were answered and became steady.
+
+    All cases in turns, so that a slow minute does not hit one of them only.
+    """
     wanted = list(dict.fromkeys(cases))
     found: dict[Case, list[Measurement]] = {case: [] for case in wanted}
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +50,10 @@ def run_cases(bench: Bench, cases: Iterable[Case]) -> dict[Case, list[Measuremen
         for mix, texts in bench.texts.items():
             perf_analyzer.write_texts(files[mix], texts)
         for case in tqdm(wanted * bench.rounds, desc="cases", disable=None, leave=False):
-            one = _by_perf_analyzer(bench, case, files[case.mix]) if bench.by_perf_analyzer else _by_us(bench, case)
+            try:
+                one = _by_perf_analyzer(bench, case, files[case.mix]) if bench.by_perf_analyzer else _by_us(bench, case)
+            except Refused:
+                one = None  # more than the server does within its queue timeout: no figures
             found[case] += [one] if one is not None else []
     return found
 
@@ -69,7 +75,7 @@ def _target(bench: Bench, case: Case) -> tuple[str, str]:
 
 
 def as_json(case: Case, runs: Sequence[Measurement], ceiling: float) -> dict[str, Any]:
-    """The case and its medians; without figures where no run became steady. `ceiling`: the engine's texts/s alone."""
+    """The case and its medians; without figures where no run had any. `ceiling`: the engine's texts/s alone."""
     document: dict[str, Any] = {**case._asdict(), "runs": len(runs)}
     if not runs:
         return document

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from load.transports import ANSWERED, Requests, Transport, open_transport
+from load.transports import ANSWERED, BUSY, Requests, Transport, open_transport
 from millibert._errors import MillibertError, UsageError
-from millibert._perf_analyzer import Measurement
+from millibert._perf_analyzer import Measurement, Refused
 
 # Share of the time that is not counted, at the start.
 _WARM_UP = 0.2
@@ -81,12 +81,17 @@ class Answers(NamedTuple):
 
 
 def measure(load: Load, texts_per_request: int) -> Measurement:
-    """Closed loop, without its first fifth; raises `MillibertError` where a request was not answered."""
+    """Closed loop, without its first fifth.
+
+    Raises `Refused` where the server was too busy, and `MillibertError` where a request was not answered otherwise.
+    """
     assert load.concurrency is not None, "measure() is for closed loops"
     found = send(load)
     failed = sorted(set(found.status[~found.answered]))
     if failed:
         count = int((~found.answered).sum())
+        if set(failed) <= set(BUSY):
+            raise Refused(f"{count:,} of {len(found.status):,} requests at concurrency {load.concurrency}: busy")
         raise MillibertError(f"{count:,} of {len(found.status):,} requests were not answered: {', '.join(failed)}")
     ended = found.due + found.latency
     counted = (ended >= _WARM_UP * load.seconds) & (ended <= load.seconds)

@@ -50,7 +50,7 @@ def _engines(report: Mapping[str, Any]) -> Iterable[str]:
 def _row(case: Mapping[str, Any]) -> str:
     head = f"{case['form']:>7} {case['mix']:>6} {case['transport']:>5} {case['texts']:>11} {case['concurrency']:>10}"
     if not case["runs"]:
-        return f"{head}  no steady figures"
+        return f"{head}  refused (busy), or never steady"
     return (
         f"{head} {case['texts_per_second']:>9,.0f} {case['of_ceiling']:>10.2f} {case['p50_ms']:>8.2f} "
         f"{case['p99_ms']:>8.2f}"

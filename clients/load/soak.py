@@ -30,7 +30,7 @@ from millibert._statistics import read_statistics
 from millibert_ensemble.server import TritonServer
 
 _CONCURRENCY = 64
-_LOOKS_SECONDS = 5.0
+_LOOKS_SECONDS = 10.0
 _WARM = 0.1
 
 
@@ -65,11 +65,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with TritonServer(args.repository) as server, tqdm(total=args.requests, disable=None, leave=False) as bar:
         model = server.services[0]
         load = Load(triton_requests(server.grpc_url, model, texts), seconds=_LOOKS_SECONDS, concurrency=_CONCURRENCY)
-        while bar.n < args.requests:
+        done = 0
+        while done < args.requests:
             measure(load, 1)
-            done = read_statistics(server.grpc_url, 10)[model].requests
+            before, done = done, read_statistics(server.grpc_url, 10)[model].requests
             looks.append({"requests": done, "memory_mib": memory_mib(server)})
-            bar.update(done - bar.n)
+            bar.update(done - before)
     return {"model": model, **describe_machine(), "looks": looks, **judge(looks, args.growth)}
 
 

@@ -20,10 +20,15 @@ PROGRAM = "perf_analyzer"
 # Three windows in a row must be this close; on a shared machine they seldom are within the default of 10, and the
 # median of several runs says more than a wait for a quiet moment.
 _STABILITY_PERCENT = 50
+_BUSY = " busy: "
 _UNSTABLE = "Failed to obtain stable measurement"
 _TIMEOUT_SECONDS = 600
 # Its columns; latencies in microseconds.
 _RATE, _MEDIAN, _TAIL = "Inferences/Second", "p50 latency", "p99 latency"
+
+
+class Refused(MillibertError):  # noqa: N818 - reads better at the call site
+    """The server was too busy for so much load, and said so."""
 
 
 class Measurement(NamedTuple):
@@ -59,7 +64,7 @@ def measure(
 ) -> Measurement | None:
     """One run with `texts` of `data` a request; None where the figures do not become steady.
 
-    Raises `MillibertError` with perf_analyzer's own words where it fails.
+    Raises `Refused` where the server is too busy, and `MillibertError` with perf_analyzer's own words where it fails.
     """
     address = parse_address(url)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +75,8 @@ def measure(
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS)
         if _UNSTABLE in done.stderr + done.stdout:
             return None
+        if done.returncode != 0 and _BUSY in done.stderr + done.stdout:
+            raise Refused(f"{texts} texts a request, {concurrency} requests under way: {_BUSY.strip()}")
         if done.returncode != 0:
             raise MillibertError(f"{PROGRAM} failed: {(done.stderr or done.stdout).strip()[-500:]}")
         return read_table(table, texts, concurrency)

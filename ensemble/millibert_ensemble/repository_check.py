@@ -104,9 +104,10 @@ def _check_flow(configs: Mapping[str, Config], service: str) -> Iterator[str]:
     """Follow each tensor of the ensemble from where it is made to where it is read."""
     ensemble = configs[service]
     made: dict[str, tuple[str, Config]] = {tensor.name: (service, tensor) for tensor in ensemble.input}
-    sizes = {model: config.max_batch_size for model, config in configs.items()}
-    if len(set(sizes.values())) > 1:
-        yield f"the models differ in max_batch_size: {sizes}"
+    largest = ensemble.max_batch_size
+    smaller = {model: config.max_batch_size for model, config in configs.items() if config.max_batch_size < largest}
+    if smaller:
+        yield f"{service} takes {largest} texts (max_batch_size), and passes them to what takes fewer: {smaller}"
     for step in ensemble.ensemble_scheduling.step:
         if step.model_name not in configs:
             yield f"{service}: its step {step.model_name!r} is no model of this repository"
