@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transports", choices=("grpc", "http"), nargs="+", default=["grpc", "http"])
     parser.add_argument("--mixes", choices=tuple(MIXES), nargs="+", default=list(MIXES))
     parser.add_argument(
-        "--forms", choices=(PADDED, CACHED), nargs="*", help="default: both, `padded` if it can be made"
+        "--forms", choices=(FUSED, PADDED, CACHED), nargs="*", help="default: all, `padded` if there is a --checkpoint"
     )
     parser.add_argument("--seconds", type=positive_float, default=5.0, metavar="N", help="of each run")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="runs of each case")
