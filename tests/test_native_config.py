@@ -94,8 +94,9 @@ def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
     done = release.build(out, None, "--precision", "fp32", "--tensorrt", "bf16", *options)
     assert done.returncode == 0, done.stderr
     for config in [*out.glob("*/config.pbtxt"), *out.glob("*/configs/*.pbtxt")]:
-        batching = parse_config(config).dynamic_batching
-        if config.parent.name != "support":
+        parsed = parse_config(config)
+        batching = parsed.dynamic_batching
+        if parsed.platform != "ensemble":
             assert batching.max_queue_delay_microseconds == 700
             # A limit of Triton's would let its batcher sleep while requests wait (docs/performance.md).
             assert not batching.HasField("default_queue_policy")
