@@ -329,9 +329,12 @@ def test_a_repository_must_hold_a_service(repository: Path, tmp_path: Path) -> N
     assert done.returncode == 1
     assert "is empty: no MODEL/config.pbtxt" in done.stderr
     shutil.rmtree(repository / SERVICE)
+    # Alone, a model that answers texts with labels would be a service.
+    config = repository / MODEL / "config.pbtxt"
+    config.write_text(config.read_text().replace('"LABEL"', '"WORD"'))
     done = serve("--repository", str(repository))
     assert done.returncode == 1
-    assert f"holds no service, only {MODEL}" in done.stderr
+    assert f"holds no service, only {MODEL}: none takes TEXT and answers LABEL" in done.stderr
 
 
 def test_an_unknown_field_in_a_config_is_named(repository: Path) -> None:

@@ -29,12 +29,13 @@ def services(repository: Path) -> list[str]:
     """
     if not repository.is_dir():
         raise UsageError(f"no model repository at {repository}: no such folder; {_ADVICE}")
-    configs = sorted(repository.glob("*/config.pbtxt"))
+    configs = {path.parent.name: _parse(path) for path in sorted(repository.glob("*/config.pbtxt"))}
     if not configs:
         raise UsageError(f"the model repository {repository} is empty: no MODEL/config.pbtxt; {_ADVICE}")
-    found = [path.parent.name for path in configs if _takes_texts(_parse(path))]
+    steps = {step.model_name for config in configs.values() for step in config.ensemble_scheduling.step}
+    found = [name for name, config in configs.items() if _classifies(config) and name not in steps]
     if not found:
-        names = ", ".join(path.parent.name for path in configs)
+        names = ", ".join(configs)
         raise UsageError(
             f"the model repository {repository} holds no service, only {names}: none takes {contract.TEXT.name} "
             f"and answers {contract.LABEL.name}; {_ADVICE}"
@@ -73,7 +74,7 @@ def _parse(path: Path) -> model_config_pb2.ModelConfig:
         raise UsageError(f"{path} is not a Triton model configuration: {error}") from error
 
 
-def _takes_texts(config: model_config_pb2.ModelConfig) -> bool:
+def _classifies(config: model_config_pb2.ModelConfig) -> bool:
     taken = [tensor.name for tensor in config.input]
     expected = [tensor.name for tensor in contract.REQUEST_TENSORS]
     return taken == expected and contract.LABEL.name in [tensor.name for tensor in config.output]

@@ -89,7 +89,7 @@ class OpenVino:
         self._any_shape = self._compile(self._model, threads, streams=threads)
         self._alone: dict[Shapes, Any] = {}
         self._pool = ThreadPoolExecutor(threads)
-        self._requests = threading.local()
+        self._requests = _Requests()
 
     def infer(self, inputs: Arrays) -> Floats:
         """Run the graph once, alone; returns a copy of its output."""
@@ -115,12 +115,10 @@ class OpenVino:
                 self._alone[shapes_of(inputs)] = self._compile(model, threads)
 
     def _run(self, inputs: Arrays, form: Any) -> Floats:
-        # A request runs one execution at a time: each thread has its own of each form.
-        mine = self._requests.__dict__
-        key = str(id(form))
-        if key not in mine:
-            mine[key] = form.create_infer_request()
-        return mine[key].infer(inputs, share_inputs=True)[0].copy()  # type: ignore[no-any-return]
+        mine = self._requests.of_form
+        if id(form) not in mine:
+            mine[id(form)] = form.create_infer_request()
+        return mine[id(form)].infer(inputs, share_inputs=True)[0].copy()  # type: ignore[no-any-return]
 
     def _latency(self, model: Any, threads: int, inputs: Arrays) -> float:
         request = self._compile(model, threads).create_infer_request()
@@ -134,6 +132,13 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
         }
         return self._core.compile_model(model, "CPU", options)
+
+
+class _Requests(threading.local):
+    """OpenVINO's requests by compiled form. One runs one execution at a time, so each thread has its own."""
+
+    def __init__(self) -> None:
+        self.of_form: dict[int, Any] = {}
 
 
 class OnnxRuntime:
