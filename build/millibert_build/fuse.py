@@ -58,7 +58,8 @@ def _config(repository: Path, name: str) -> Any:
     bert = parse_config(repository / contract.BERT / CONFIG)
     config.name, config.max_batch_size = name, parse_config(repository / name / CONFIG).max_batch_size
     config.dynamic_batching.CopyFrom(bert.dynamic_batching)
-    for model in (name, *contract.COMPOSING_MODELS):
+    # Not the tokenizer's: it sets a deadline for an engine in another process.
+    for model in (name, contract.BERT, contract.POSTPROCESS):
         for key, value in parse_config(repository / model / CONFIG).parameters.items():
             config.parameters[key].string_value = value.string_value
     check_config(config, FUSED)
