@@ -1,38 +1,35 @@
+"""The four clients against a real Triton: what they answer, refuse and leave behind."""
+
 from __future__ import annotations
 
-import http.client
+import asyncio
+import gc
+import os
 import pickle
-import socket
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.clients import FORMS, open_client, protocol
 
 import millibert
-from millibert._client import Address, parse_address
-from millibert._codec import CodecError, decode, encode, error_class, plain_reason
 
 if TYPE_CHECKING:
     from tests.conftest import RunningServer
 
 REPOSITORY = Path(__file__).parent / "client_repository"
 MODEL = "echo"
-SCHEMES = ("grpc", "http")
-TENSORS: dict[str, Any] = {
-    "LABEL": np.array([[b"a", "ö".encode()], [b"b", b"a"]], dtype=object),
-    "SCORE": np.array([[0.75, 0.25], [0.5, 0.5]], np.float32),
-    "LABEL_ID": np.array([[0, 2], [1, 0]], np.int32),
-    "ACCEPTED": np.array([[True, False], [False, False]]),
-    "TRUNCATED": np.array([[False], [True]]),
-}
+LIMIT = 8  # texts a request
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def python(code: str) -> str:
@@ -44,11 +41,11 @@ def python(code: str) -> str:
 
 
 def test_exported_names() -> None:
-    assert millibert.__all__ == sorted(millibert.__all__)
     assert set(millibert.__all__) == {
-        "Classification", "Client", "GrpcClient", "HttpClient", "InvalidRequest", "MillibertError",
-        "NotFound", "Prediction", "ServerFault", "ServiceError", "Timeout", "Unavailable", "UsageError",
-        "connect",
+        "AsyncClient", "AsyncGrpcClient", "AsyncHttpClient", "Busy", "Call", "Classification", "Client", "Counters",
+        "Failure", "GrpcClient", "HttpClient", "IntentClassifier", "InvalidRequest", "MillibertError", "ModelState",
+        "NotFound", "Prediction", "Retry", "ServerFault", "ServerInfo", "ServiceError", "TLS", "Timeout",
+        "Unavailable", "UsageError", "connect", "connect_async",
     }  # fmt: skip
     assert all(getattr(millibert, name).__name__ == name for name in millibert.__all__)
     assert set(millibert.__all__) <= set(dir(millibert))
@@ -59,293 +56,35 @@ def test_exported_names() -> None:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import millibert", ["torch", "transformers", "grpc", "gevent", "tritonclient"]),
-        ("from millibert import HttpClient", ["torch", "transformers", "grpc"]),
-        ("from millibert import GrpcClient", ["torch", "transformers", "gevent"]),
+        ("import millibert", ["grpc", "gevent", "aiohttp", "tritonclient"]),
+        ("from millibert import HttpClient", ["grpc"]),
+        ("from millibert import AsyncHttpClient", ["grpc"]),
+        ("from millibert import GrpcClient", ["gevent", "aiohttp"]),
+        ("from millibert import AsyncGrpcClient", ["gevent", "aiohttp"]),
+        ("import millibert; millibert.connect('http://a', 'm')", ["grpc"]),
+        ("import millibert; millibert.connect_async('grpc://a', 'm')", ["gevent", "aiohttp"]),
     ],
 )
 def test_light_import(statement: str, absent: list[str]) -> None:
+    absent = [*absent, "torch", "transformers", "opentelemetry"]
     loaded = python(f"import sys; {statement}; print(*(name for name in {absent} if name in sys.modules))")
     assert loaded.split() == []
 
 
+@pytest.mark.parametrize(("absent", "url"), [("grpc", "http://a"), ("geventhttpclient", "grpc://a")])
+def test_each_protocol_without_the_other_installed(absent: str, url: str) -> None:
+    # None in sys.modules makes an import fail as that of a package that is not installed.
+    print(python(f"import sys; sys.modules[{absent!r}] = None; import millibert; millibert.connect({url!r}, 'm')"))
+
+
 def test_errors_survive_pickling() -> None:
-    error = millibert.NotFound("no such model", endpoint="grpc://a:1", model="m")
+    error = millibert.NotFound("no such model", endpoint="grpc://a:1", model="m", request_id="r-1", attempts=2)
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is millibert.NotFound
-    assert str(again) == str(error) == "no such model (model 'm' at grpc://a:1)"
+    assert str(again) == str(error)
+    assert str(error).startswith("no such model (model 'm' at grpc://a:1, request r-1, 2 attempts); `millibert status`")
     assert (again.reason, again.endpoint, again.model) == ("no such model", "grpc://a:1", "m")
-
-
-# What is sent and what comes back
-
-
-def test_encode() -> None:
-    request = encode(["a", "größe", ""], np.int64(2))  # type: ignore[arg-type]
-    assert request.texts == ("a", "größe", "")
-    assert request.tensor.tolist() == [[b"a"], ["größe".encode()], [b""]]
-    assert request.parameters == {"top_k": 2}
-    assert encode(["a"], None).parameters == {}
-
-
-@pytest.mark.parametrize(
-    ("texts", "top_k", "reason"),
-    [
-        ([], None, "no text to classify"),
-        (b"bytes", None, "not bytes"),
-        ({"a"}, None, "not set"),
-        (7, None, "not int"),
-        (["a", None], None, "text 1 is not a str but NoneType"),
-        (["a", b"b"], None, "text 1 is not a str but bytes"),
-        (
-            ["a", "b\ud800"],
-            None,
-            r"text 1 cannot be written as UTF-8: lone surrogate '\\ud800' at position 1",
-        ),
-        (["a"], 0, "top_k must be an integer of at least 1, not 0"),
-        (["a"], True, "not True"),
-        (["a"], 2.0, "not 2.0"),
-        (["a"], 2**40, "top_k"),
-    ],
-)
-def test_encode_refuses(texts: Any, top_k: Any, reason: str) -> None:
-    with pytest.raises(CodecError, match=reason):
-        encode(texts, top_k)
-
-
-def test_decode() -> None:
-    first, second = decode(["x", "y"], TENSORS)
-    assert first.predictions == (millibert.Prediction("a", 0, 0.75), millibert.Prediction("ö", 2, 0.25, False))
-    assert (first.text, first.best, first.label, first.score) == ("x", first.predictions[0], "a", 0.75)
-    assert (first.truncated, second.truncated) == (False, True)
-    assert str(first) == "a 0.750, ö 0.250"
-    assert str(second) == "b 0.500, a 0.500 (don't know, text truncated)"
-    assert (first.known, first.accepted, second.known, second.accepted) == (True, ("a",), False, ())
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"SCORE": None}, "SCORE is missing"),
-        ({"LABEL": np.array([[b"a"]], dtype=object)}, r"LABEL has the shape \[1, 1\] for 2 texts"),
-        ({"LABEL": np.empty((2, 0), dtype=object)}, r"LABEL has the shape \[2, 0\]"),
-        ({"LABEL_ID": np.zeros((2, 1), np.int32)}, r"LABEL_ID has the shape \[2, 1\], expected \[2, 2\]"),
-        ({"TRUNCATED": np.zeros(2, bool)}, r"TRUNCATED has the shape \[2\], expected \[2, 1\]"),
-        ({"LABEL": np.array([[b"\xff", b"a"]] * 2, dtype=object)}, "not UTF-8"),
-        ({"LABEL": np.ones((2, 2))}, "expected text"),
-    ],
-)
-def test_decode_refuses(changed: dict[str, Any], reason: str) -> None:
-    with pytest.raises(CodecError, match=reason):
-        decode(["x", "y"], {**TENSORS, **changed})
-
-
-@pytest.mark.parametrize(
-    ("statuses", "reason", "kind"),
-    [
-        ("INVALID_ARGUMENT 400 413 403 PERMISSION_DENIED", "", millibert.InvalidRequest),
-        ("NOT_FOUND 404", "", millibert.NotFound),
-        ("UNAVAILABLE 503 RESOURCE_EXHAUSTED 429 502", "", millibert.Unavailable),
-        ("DEADLINE_EXCEEDED 504 408", "", millibert.Timeout),
-        ("INTERNAL 500 UNKNOWN DATA_LOSS 301", "", millibert.ServerFault),
-        ("RESOURCE_EXHAUSTED", "Received message larger than max (5 vs. 4)", millibert.InvalidRequest),
-        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", millibert.InvalidRequest),
-    ],
-)
-def test_error_of_a_status(statuses: str, reason: str, kind: type[Exception]) -> None:
-    assert {error_class(status, reason) for status in statuses.split()} == {kind}
-
-
-def test_plain_reason() -> None:
-    assert plain_reason("[request id: <id_unknown>] too many") == "too many"
-    assert plain_reason("RuntimeError: boom\n\nAt:\n  model.py(3): execute\n") == "RuntimeError: boom"
-
-
-# Addresses and constructors
-
-
-@pytest.mark.parametrize(
-    ("url", "address", "netloc"),
-    [
-        ("grpc://127.0.0.1:9001", Address("grpc", "127.0.0.1", 9001), "127.0.0.1:9001"),
-        ("grpc://triton", Address("grpc", "triton", 8001), "triton:8001"),
-        ("http://triton/", Address("http", "triton", 8000), "triton:8000"),
-        ("http://[::1]:80", Address("http", "::1", 80), "[::1]:80"),
-    ],
-)
-def test_address(url: str, address: Address, netloc: str) -> None:
-    assert parse_address(url) == address
-    assert address.netloc == netloc
-    assert isinstance(millibert.connect(url, "m"), millibert.GrpcClient if url[0] == "g" else millibert.HttpClient)
-
-
-@pytest.mark.parametrize(
-    ("url", "reason"),
-    [
-        ("127.0.0.1:8001", "scheme is missing"),
-        ("localhost:8001", "scheme is missing"),
-        ("", "scheme is missing"),
-        ("ftp://host", "scheme 'ftp' is unknown"),
-        ("grpc://", "host is missing"),
-        ("grpc://host:port", "port"),
-        ("http://host:99999", "[Pp]ort"),
-        ("http://host/path", "more than a host and a port"),
-        ("http://user:secret@host", "more than a host and a port"),
-    ],
-)
-def test_address_refused(url: str, reason: str) -> None:
-    with pytest.raises(millibert.UsageError, match=reason):
-        millibert.connect(url, "m")
-
-
-def test_an_unknown_scheme_names_the_known_ones() -> None:
-    with pytest.raises(millibert.UsageError, match=r"grpc://host:8001 or http://host:8000"):
-        millibert.connect("tcp://host:1", "m")
-
-
-@pytest.mark.parametrize("arguments", [("",), ("a\nb",), ("m", 0), ("m", -1.0), ("m", float("nan")), ("m", True)])
-def test_constructor_refuses(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(millibert.UsageError):
-        millibert.connect("grpc://host", *arguments)
-
-
-def test_a_client_refuses_the_other_scheme() -> None:
-    with pytest.raises(millibert.UsageError, match="GrpcClient needs a url with grpc://"):
-        millibert.GrpcClient("http://host", "m")
-
-
-# Failures, over real sockets
-
-
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port where connections are accepted and nothing is ever answered."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_connection_refused(scheme: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with millibert.connect(f"{scheme}://127.0.0.1:{port}", "m") as client:
-        with pytest.raises(millibert.Unavailable) as caught:
-            client.classify("a")
-        assert str(caught.value) == (
-            f"cannot reach the server: Connection refused (model 'm' at {scheme}://127.0.0.1:{port})"
-        )
-        assert client.ready() is False
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_unknown_host(scheme: str) -> None:
-    with (
-        millibert.connect(f"{scheme}://host.invalid", "m", timeout=5) as client,
-        pytest.raises((millibert.Unavailable, millibert.Timeout), match=r"host\.invalid"),
-    ):
-        client.classify("a")
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_deadline(scheme: str, silent_port: int) -> None:
-    with millibert.connect(f"{scheme}://127.0.0.1:{silent_port}", "m", timeout=30) as client:
-        start = time.monotonic()
-        with pytest.raises(millibert.Timeout, match=r"no answer within 0\.3 s"):
-            client.classify("a", timeout=0.3)
-        assert client.ready(timeout=0.3) is False
-        assert time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_wrong_use(scheme: str) -> None:
-    client = millibert.connect(f"{scheme}://127.0.0.1:1", "m")
-    with pytest.raises(millibert.InvalidRequest, match=f"list is empty .*at {scheme}://127.0.0.1:1"):
-        client.classify([])
-    with pytest.raises(millibert.InvalidRequest, match="timeout must be a positive number"):
-        client.classify("a", timeout=0)
-    client.close()
-    client.close()
-    with pytest.raises(millibert.InvalidRequest, match="this client is closed"):
-        client.classify("a")
-
-
-def read_request(connection: socket.socket) -> None:
-    """Read it all: closing a socket with something unread resets the connection instead of ending it."""
-    with connection.makefile("rb") as file:
-        file.readline()
-        headers = http.client.parse_headers(file)
-        file.read(int(headers.get("Content-Length", 0)))
-
-
-@contextmanager
-def http_server(*answers: bytes) -> Iterator[str]:
-    """A server that answers the first request of each connection with the next of `answers` and hangs up."""
-
-    def serve(listening: socket.socket) -> None:
-        for answer in answers:
-            connection, _ = listening.accept()
-            with connection:
-                read_request(connection)
-                connection.sendall(answer)
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=serve, args=[listening], daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread.join(5)
-    assert not thread.is_alive(), "fewer connections than answers"
-
-
-def ok(body: bytes, status: bytes = b"200 OK") -> bytes:
-    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
-
-
-@pytest.mark.parametrize(
-    ("answer", "kind", "reason"),
-    [
-        (ok(b"<h1>oh</h1>", b"502 Bad Gateway"), millibert.Unavailable, "HTTP status 502: <h1>oh</h1>"),
-        (ok(b"", b"404 Not Found"), millibert.NotFound, "HTTP status 404"),
-        (ok(b"", b"301 Moved Permanently"), millibert.ServerFault, "HTTP status 301"),
-        (ok(b"ok"), millibert.ServerFault, "not an inference response"),
-        (ok(b"[]"), millibert.ServerFault, "not an inference response"),
-        (ok(b"{}"), millibert.ServerFault, "LABEL is missing"),
-        (ok(b"{}")[:-1], millibert.ServerFault, "breaks off"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", millibert.ServerFault, "is not HTTP"),
-        (b"", millibert.Unavailable, "closed the connection without an answer"),
-    ],
-)
-def test_http_answers_that_are_not_tritons(answer: bytes, kind: type[Exception], reason: str) -> None:
-    with (
-        http_server(answer) as url,
-        millibert.connect(url, "m", timeout=5) as client,
-        pytest.raises(kind, match=reason),
-    ):
-        client.classify("a")
-
-
-def test_http_survives_a_connection_that_went_stale() -> None:
-    # Each answer is followed by a hang-up, which the client notices only at its next request.
-    with http_server(*[ok(b"")] * 4) as url, millibert.connect(url, "m", timeout=5) as client:
-        assert [client.ready(), client.ready()] == [True, True]
-
-
-def test_http_deadline_of_an_answer_that_trickles_in() -> None:
-    def trickle(listening: socket.socket) -> None:
-        connection, _ = listening.accept()
-        with connection, suppress(ConnectionError):  # the client gives up and leaves
-            connection.recv(65536)
-            connection.sendall(ok(b"x" * 1000)[:-1000])
-            for _ in range(20):  # each byte well within the deadline, all of them far beyond it
-                time.sleep(0.1)
-                connection.sendall(b"x")
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=trickle, args=[listening], daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with millibert.connect(url, "m") as client, pytest.raises(millibert.Timeout, match=r"within 0\.5 s"):
-            client.classify("a", timeout=0.5)
-        thread.join(5)
+    assert (again.request_id, again.attempts) == ("r-1", 2)
 
 
 # Against a real Triton
@@ -357,18 +96,25 @@ def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iter
         yield running
 
 
-@pytest.fixture(params=SCHEMES)
-def client(request: pytest.FixtureRequest, server: RunningServer) -> Iterator[millibert.Client]:
-    url = server.grpc_url if request.param == "grpc" else server.http_url
-    with millibert.connect(url, MODEL) as connected:
+def url_of(server: RunningServer, form: str) -> str:
+    return server.grpc_url if protocol(form) == "grpc" else server.http_url
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def client(form: str, server: RunningServer) -> Iterator[Any]:
+    with open_client(form, url_of(server, form)) as connected:
         yield connected
 
 
 @pytest.mark.e2e
-def test_classify(client: millibert.Client) -> None:
+def test_classify(client: Any) -> None:
     assert client.ready()
-    assert client.max_batch_size() == 8
-    assert client.labels() == ("greeting", "nap", "other", "größe")
+    client.wait_until_ready(5)
     one = client.classify("hello you")
     assert str(one) == "greeting 0.800, nap 0.100, other 0.060"
     assert one.text == "hello you"
@@ -377,10 +123,37 @@ def test_classify(client: millibert.Client) -> None:
     assert [answer.label for answer in several] == ["nap", "other", "other"]
     assert [len(answer.predictions) for answer in several] == [4, 4, 4]
     assert several[0].predictions[3] == millibert.Prediction("größe", 3, float(np.float32(0.04)), False)
+    assert one.accepted == ("greeting",)
+    assert client.classify("hello", threshold=0.1).accepted == ("greeting", "nap")
 
 
 @pytest.mark.e2e
-def test_long_texts(client: millibert.Client) -> None:
+def test_what_the_server_says_of_itself(client: Any) -> None:
+    assert client.max_batch_size() == LIMIT
+    assert client.labels() == ("greeting", "nap", "other", "größe")
+    assert client.steps() == ("worker",)
+    assert client.models() == tuple(millibert.ModelState(name, "1", "READY", "") for name in ("echo", "worker"))
+    assert (client.server().name, client.server().version[:2]) == ("triton", "2.")
+    before = client.statistics()
+    client.classify(["a", "b"])
+    counted = {name: counters - before[name] for name, counters in client.statistics().items()}
+    for name in ("echo", "worker"):
+        assert (counted[name].requests, counted[name].texts, counted[name].failures) == (1, 2, 0)
+
+
+@pytest.mark.e2e
+def test_more_texts_than_a_request_may_hold_are_split(client: Any, server: RunningServer) -> None:
+    texts = [f"{'hello' if number % 3 else 'sleep 0'} {number}" for number in range(4 * LIMIT + 3)]
+    for _ in range(2):
+        before = client.statistics()["worker"].requests
+        answers = client.classify(texts)
+        assert [answer.text for answer in answers] == texts
+        assert [answer.label for answer in answers] == ["greeting" if number % 3 else "nap" for number in range(35)]
+        assert client.statistics()["worker"].requests - before == 5
+
+
+@pytest.mark.e2e
+def test_long_texts(client: Any) -> None:
     # 8 MB in a request; gRPC's own limit is 4.
     answers = client.classify(["ü" * 500_000] * 8, timeout=60)
     assert [answer.truncated for answer in answers] == [True] * 8
@@ -392,57 +165,359 @@ def test_long_texts(client: millibert.Client) -> None:
     ("texts", "top_k", "kind", "reason"),
     [
         ("a", 5, millibert.InvalidRequest, "top_k must be 1 to 4, not 5 "),
-        (["a"] * 9, None, millibert.InvalidRequest, "batch-size must be <= 8"),
-        ("busy", None, millibert.Unavailable, "the queue is full "),
-        ("crash", None, millibert.ServerFault, r"boom \(model 'echo' at "),
+        ("busy", None, millibert.Busy, "the queue is full .*; send less, or try again later"),
+        ("crash", None, millibert.ServerFault, r"boom \(model 'echo' at .*, request .*\); the server's log"),
+        ([], None, millibert.InvalidRequest, "the list is empty"),
+        (["a", 3], None, millibert.InvalidRequest, "text 1 is not a str but int"),
     ],
 )
-def test_refusals_and_failures(
-    client: millibert.Client, texts: Any, top_k: int | None, kind: type[Exception], reason: str
-) -> None:
-    with pytest.raises(kind, match=reason):
-        client.classify(texts, top_k)
+def test_refusals_and_failures(client: Any, texts: Any, top_k: int | None, kind: type[Exception], reason: str) -> None:
+    with pytest.raises(kind, match=reason) as caught:
+        client.classify(texts, top_k, request_id="mine-7")
+    assert isinstance(caught.value, millibert.ServiceError)
+    assert (caught.value.request_id, caught.value.model) == ("mine-7", MODEL)
     assert client.classify("hello").label == "greeting"
 
 
 @pytest.mark.e2e
-def test_a_late_answer_spoils_nothing(client: millibert.Client) -> None:
+def test_wrong_timeouts_and_a_closed_client(form: str, server: RunningServer) -> None:
+    with open_client(form, url_of(server, form)) as client:
+        for timeout in (0, -1, float("nan"), True, "1", 1e9):
+            with pytest.raises(millibert.InvalidRequest, match="timeout must be a positive number"):
+                client.classify("a", timeout=timeout)
+        client.close()
+        with pytest.raises(millibert.InvalidRequest, match="this client is closed"):
+            client.classify("a")
+        with pytest.raises(millibert.InvalidRequest, match="this client is closed"):
+            client.ready()
+
+
+@pytest.mark.e2e
+def test_a_late_answer_spoils_nothing(client: Any) -> None:
     with pytest.raises(millibert.Timeout, match=r"no answer within 0\.2 s"):
         client.classify("sleep 0.6", timeout=0.2)
     assert client.classify("hello").label == "greeting"
 
 
 @pytest.mark.e2e
-def test_unknown_model(client: millibert.Client) -> None:
-    with millibert.connect(str(client.address), "nobody") as other:
+def test_unknown_model(form: str, server: RunningServer) -> None:
+    with open_client(form, url_of(server, form), "nobody") as other:
         assert not other.ready()
-        for call in (lambda: other.classify("a"), other.max_batch_size):
+        with pytest.raises(millibert.Timeout, match=r"not ready within 0\.5 s"):
+            other.wait_until_ready(0.5)
+        for call in (lambda: other.classify("a"), other.max_batch_size, other.labels):
             with pytest.raises(millibert.NotFound, match=r"unknown model.*\(model 'nobody' at "):
                 call()
 
 
 @pytest.mark.e2e
-def test_many_threads_share_a_client(client: millibert.Client) -> None:
+def test_the_facade(server: RunningServer) -> None:
+    with millibert.IntentClassifier(server.grpc_url, MODEL, timeout=5) as intents:
+        assert [str(each) for each in intents.classify_intent("hello")] == [
+            "greeting 0.800",
+            "nap 0.100",
+            "other 0.060",
+        ]
+        assert len(intents.classify_intent("hello", 1)) == 1
+
+
+@pytest.mark.e2e
+def test_the_hook_is_told_of_every_call(form: str, server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[millibert.Call] = []
+    with open_client(form, url_of(server, form), on_call=calls.append) as client:
+        client.classify(["hello", "secret text"], request_id="r-1")
+        with pytest.raises(millibert.Busy):
+            client.classify("busy")
+        client.ready()
+    first, second, third = calls
+    assert (first.method, first.model, first.request_id, first.texts) == ("classify", MODEL, "r-1", 2)
+    assert (first.endpoint, first.attempts, first.outcome, first.error) == (url_of(server, form), 1, "answered", None)
+    assert 0 < first.seconds < 10
+    assert (second.outcome, type(second.error), second.request_id != "r-1") == ("Busy", millibert.Busy, True)
+    assert (third.method, third.outcome) == ("ready", "answered")
+    assert "secret text" not in repr(calls)
+    with open_client(form, url_of(server, form), on_call=lambda call: 1 / 0) as client:
+        assert client.classify("hello").label == "greeting", "a hook that fails fails no call"
+    assert "the on_call hook failed" in caplog.text
+    assert "secret text" not in caplog.text
+
+
+@pytest.mark.e2e
+def test_many_threads_share_a_client(server: RunningServer) -> None:
     texts = ["hello" if number % 2 else "other" for number in range(200)]
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(client.classify, texts))
-    assert [answer.label for answer in answers] == [{"hello": "greeting"}.get(text, text) for text in texts]
+    for url in (server.grpc_url, server.http_url):
+        with millibert.connect(url, MODEL) as client, ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(client.classify, texts))
+        assert [answer.label for answer in answers] == [{"hello": "greeting"}.get(text, text) for text in texts]
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", ["http_proxy", "grpc_proxy"])
 def test_this_machine_is_reached_past_a_proxy(
-    client: millibert.Client, monkeypatch: pytest.MonkeyPatch, name: str
+    form: str, server: RunningServer, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv(name, "http://127.0.0.1:1")
-    with millibert.connect(str(client.address), MODEL) as behind_proxy:
+    with open_client(form, url_of(server, form)) as behind_proxy:
         assert behind_proxy.classify("hello").label == "greeting"
 
 
 @pytest.mark.e2e
-def test_the_wrong_port(server: RunningServer) -> None:
-    crossed = [server.http_url.replace("http", "grpc"), server.grpc_url.replace("grpc", "http")]
-    for url in crossed:
-        with millibert.connect(url, MODEL) as wrong, pytest.raises(millibert.ServiceError, match="port"):
-            wrong.classify("a")
+def test_the_wrong_port(form: str, server: RunningServer) -> None:
+    crossed = server.http_url.replace("http", "grpc"), server.grpc_url.replace("grpc", "http")
+    with (
+        open_client(form, crossed[protocol(form) == "http"]) as wrong,
+        pytest.raises(millibert.ServiceError, match="port"),
+    ):
+        wrong.classify("a")
+
+
+# Many texts
+
+
+@pytest.mark.e2e
+def test_many_texts_in_order_with_failures_in_their_places(client: Any) -> None:
+    texts: list[Any] = [f"{('hello', 'sleep 0', 'x')[number % 3]} {number}" for number in range(500)]
+    texts[7], texts[8], texts[123], texts[124] = "crash", 9, "crash", "\ud800"
+    answers = list(client.classify_many(iter(texts), concurrency=3))
+    assert [answer.text for answer in answers] == texts
+    failed = {number: answer for number, answer in enumerate(answers) if isinstance(answer, millibert.Failure)}
+    assert sorted(failed) == [7, 8, 123, 124]
+    assert [type(failed[number].error).__name__ for number in (7, 8, 124)] == [
+        "ServerFault",
+        "InvalidRequest",
+        "InvalidRequest",
+    ]
+    assert "boom" in str(failed[7])
+    assert "not a str but int" in str(failed[8])
+    good = [answer for number, answer in enumerate(answers) if number not in failed]
+    assert {answer.label for answer in good} == {"greeting", "nap", "other"}
+
+
+@pytest.mark.e2e
+def test_what_is_wrong_with_every_text_is_raised_and_not_tried_on_all(client: Any) -> None:
+    before = client.statistics()["worker"].failures
+    with pytest.raises(millibert.InvalidRequest, match="top_k must be 1 to 4"):
+        list(client.classify_many((f"x {number}" for number in range(1000)), top_k=9, concurrency=1))
+    assert client.statistics()["worker"].failures - before <= 8
+    for wrong in ({"batch_size": 0}, {"concurrency": 1.5}):
+        with pytest.raises(millibert.UsageError, match="must be an integer of at least 1"):
+            list(client.classify_many(["a"], **wrong))
+
+
+@pytest.mark.e2e
+def test_many_texts_are_taken_as_they_are_needed(client: Any) -> None:
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "hello"
+
+    answers = client.classify_many(endless(), concurrency=2, batch_size=4)
+    for _ in range(100):
+        next(answers)
+    assert taken <= 100 + 4 * (2 * 2 + 1)
+    (getattr(answers, "close", None) or answers.aclose)()
+
+
+@pytest.mark.e2e
+def test_many_texts_from_an_asynchronous_source(server: RunningServer) -> None:
+    async def source() -> Any:
+        for number in range(50):
+            await asyncio.sleep(0)
+            yield f"hello {number}"
+
+    async def main() -> list[Any]:
+        async with millibert.connect_async(server.grpc_url, MODEL) as client:
+            return [answer async for answer in client.classify_many(source(), batch_size=7)]
+
+    assert [answer.text for answer in asyncio.run(main())] == [f"hello {number}" for number in range(50)]
+
+
+# Event loops and processes
+
+
+@pytest.mark.e2e
+def test_a_client_serves_one_event_loop_after_another(server: RunningServer) -> None:
+    for url in (server.grpc_url, server.http_url):
+        client = millibert.connect_async(url, MODEL)
+        for _ in range(3):
+            assert asyncio.run(client.classify("hello")).label == "greeting"
+        asyncio.run(client.close())
+    gc.collect()  # the connections of a loop that is over go with it
+
+
+FORKED = """
+import os, sys, asyncio, threading
+import millibert
+urls = sys.argv[1:]
+clients = [millibert.connect(url, "echo", timeout=5) for url in urls]
+asynchronous = millibert.connect_async(urls[1], "echo", timeout=5)
+
+def check(who):
+    assert [client.classify("hello").label for client in clients] == ["greeting"] * 2, who
+    assert asyncio.run(asynchronous.classify("hello")).label == "greeting", who
+    print(who, flush=True)
+
+stop = threading.Event()
+def load():
+    while not stop.is_set():
+        for client in clients:
+            client.classify("hello")
+threads = [threading.Thread(target=load) for _ in range(3)]
+check("parent")
+for thread in threads: thread.start()
+for number in range(3):
+    if os.fork() == 0:
+        check(f"child {number}")
+        os._exit(0)
+    _, status = os.wait()
+    assert status == 0, status
+check("parent again")
+stop.set()
+for thread in threads: thread.join()
+
+grpc_with_asyncio = millibert.connect_async(urls[0], "echo", timeout=5)
+asyncio.run(grpc_with_asyncio.classify("hello"))
+if os.fork() == 0:
+    assert clients[1].classify("hello").label == "greeting"
+    for call in (lambda: clients[0].classify("hello"), lambda: asyncio.run(grpc_with_asyncio.classify("hello"))):
+        try:
+            call()
+        except millibert.UsageError as error:
+            print(str(error)[:42], flush=True)
+    os._exit(0)
+os.wait()
+check("parent")
+for client in clients: client.close()
+"""
+
+
+@pytest.mark.e2e
+def test_a_forked_child_can_use_its_parents_clients(server: RunningServer) -> None:
+    command = [sys.executable, "-c", FORKED, server.grpc_url, server.http_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    told = ["gRPC cannot be used in this process: it wa"] * 2
+    assert done.stdout.splitlines() == ["parent", "child 0", "child 1", "child 2", "parent again", *told, "parent"]
+
+
+# Shared memory
+
+
+def regions(client: Any) -> list[str]:
+    """What is registered at the server."""
+    question = client.protocol.regions()
+    if isinstance(client, millibert.Client):
+        with client._asking("regions", 5) as asked:
+            found: list[str] = client._run(client._ask(asked, question))
+    else:
+        with client.client._asking("regions", 5) as asked:
+            found = client.runner.run(client.client._run(client.client._ask(asked, question)))
+    return found
+
+
+@pytest.mark.e2e
+def test_large_requests_through_shared_memory(form: str, server: RunningServer) -> None:
+    with open_client(form, url_of(server, form), shared_memory=True) as client:
+        assert client.classify("hello").label == "greeting"
+        assert regions(client) == [], "small requests go through the connection"
+        for size in (20_000, 60_000, 20_000):
+            answers = client.classify([f"{word} {'ü' * size}" for word in ("hello", "sleep 0", "x", "y")])
+            assert [answer.label for answer in answers] == ["greeting", "nap", "other", "other"]
+            assert [answer.truncated for answer in answers] == [True] * 4
+        names = regions(client)
+        assert len(names) == 2, "one for each size, used again"
+        assert not [path for path in SHARED_MEMORY.iterdir() if path.name in names], "nothing to leave behind"
+        with pytest.raises(millibert.ServerFault):
+            client.classify(["crash", "x" * 100_000])
+        assert client.classify(["x" * 100_000])[0].truncated
+        assert list(client.classify_many(["x" * 50_000] * 40))[39].truncated
+        with open_client(form, url_of(server, form)) as other:
+            client.close()
+            assert regions(other) == []
+
+
+KILLED = """
+import os, signal, sys, millibert
+client = millibert.connect(sys.argv[1], "echo", shared_memory=True)
+client.classify(["x" * 100_000])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.e2e
+def test_what_a_killed_client_left_is_cleaned_up_by_the_next(form: str, server: RunningServer) -> None:
+    url = url_of(server, form)
+    killed = subprocess.run([sys.executable, "-c", KILLED, url], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not list(SHARED_MEMORY.glob("millibert-client-*"))
+    with open_client(form, url, shared_memory=True) as client:
+        (left,) = regions(client)
+        client.classify(["x" * 100_000])
+        assert left not in regions(client)
+        assert len(regions(client)) == 1
+
+
+# Nothing grows
+
+
+def footprint() -> tuple[int, int, float]:
+    """File descriptors, threads, and resident MiB of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_nothing_grows_over_a_hundred_thousand_calls(form: str, server: RunningServer) -> None:
+    """25,000 with each of the four clients: half of them by several threads or tasks at once."""
+    with open_client(form, url_of(server, form)) as client:
+        call_many(client, 2_500)
+        before = footprint()
+        for _ in range(5):
+            call_many(client, 5_000)
+        after = footprint()
+    assert after[0] <= before[0] + 2
+    assert after[1] <= before[1] + 1
+    assert after[2] <= before[2] + 8, "MiB"
+
+
+def call_many(client: Any, count: int) -> None:
+    for _ in range(count // 2):
+        assert client.classify("hello").label == "greeting"
+    if isinstance(client, millibert.Client):
+        with ThreadPoolExecutor(4) as pool:
+            assert {answer.label for answer in pool.map(client.classify, ["hello"] * (count // 2))} == {"greeting"}
+        return
+
+    async def concurrently() -> None:
+        async def some() -> None:
+            for _ in range(count // 8):
+                assert (await client.client.classify("hello")).label == "greeting"
+
+        await asyncio.gather(*(some() for _ in range(4)))
+
+    client.runner.run(concurrently())
+
+
+@pytest.mark.e2e
+def test_clients_that_come_and_go_leave_nothing(server: RunningServer) -> None:
+    def come_and_go() -> None:
+        for form in FORMS:
+            with open_client(form, url_of(server, form)) as client:
+                client.classify("hello")
+
+    come_and_go()
+    time.sleep(0.5)
+    before = footprint()
+    for _ in range(50):
+        come_and_go()
+    deadline = time.monotonic() + 10
+    while footprint()[0] > before[0] + 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # gRPC closes in the background
+    after = footprint()
+    assert after[0] <= before[0] + 2
+    assert after[1] <= before[1] + 1

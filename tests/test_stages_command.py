@@ -9,8 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 import millibert
-from millibert import cli, stages_command
-from millibert._statistics import Counters, read_statistics
+from millibert import Counters, cli, stages_command
 from millibert_ensemble.cpu_time import SERVER, cpu_seconds, server_at
 
 TEXTS = ["where is my parcel", "I was charged twice", "change my address please", "cancel it"]
@@ -28,13 +27,18 @@ def classify(server, requests, texts=1):
             client.classify(TEXTS[:texts])
 
 
+def statistics(url):
+    with millibert.connect(url, "support") as client:
+        return client.statistics()
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("transport", ["grpc_url", "http_url"])
 def test_counts_of_a_window_are_those_of_the_requests_in_it(server, transport):
     url = getattr(server, transport)
-    before = read_statistics(url, 10)
+    before = statistics(url)
     classify(server, 6, texts=3)
-    after = read_statistics(url, 10)
+    after = statistics(url)
     for model in ("support", "tokenizer", "bert", "postprocess"):
         counted = after[model] - before[model]
         assert (counted.requests, counted.texts, counted.failures) == (6, 18, 0)
@@ -158,7 +162,7 @@ def test_another_kind_of_server_is_told_apart(answer):
         thread.start()
         try:
             with pytest.raises(millibert.ServerFault):
-                read_statistics(f"http://127.0.0.1:{httpd.server_port}", 5)
+                statistics(f"http://127.0.0.1:{httpd.server_port}")
         finally:
             httpd.shutdown()
             thread.join()

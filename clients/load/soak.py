@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import millibert
 from load.generator import Load, measure
 from load.machine import describe_machine
 from load.released import add_release, memory_mib
@@ -26,7 +27,6 @@ from load.transports import triton_requests
 from millibert._arguments import positive_float, positive_int
 from millibert._errors import MillibertError
 from millibert._labelled_texts import read_labelled_texts
-from millibert._statistics import read_statistics
 from millibert_ensemble.server import TritonServer
 
 _CONCURRENCY = 64
@@ -62,13 +62,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load in slices; after each a look at memory."""
     texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
     looks: list[dict[str, Any]] = []
-    with TritonServer(args.repository) as server, tqdm(total=args.requests, disable=None, leave=False) as bar:
-        model = server.services[0]
+    with (
+        TritonServer(args.repository) as server,
+        millibert.connect(server.grpc_url, server.services[0]) as client,
+        tqdm(total=args.requests, disable=None, leave=False) as bar,
+    ):
+        model = client.model
         load = Load(triton_requests(server.grpc_url, model, texts), seconds=_LOOKS_SECONDS, concurrency=_CONCURRENCY)
         done = 0
         while done < args.requests:
             measure(load, 1)
-            before, done = done, read_statistics(server.grpc_url, 10)[model].requests
+            before, done = done, client.statistics()[model].requests
             looks.append({"requests": done, "memory_mib": memory_mib(server)})
             bar.update(done - before)
     return {"model": model, **describe_machine(), "looks": looks, **judge(looks, args.growth)}

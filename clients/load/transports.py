@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from millibert._client import Address, parse_address
+from millibert._address import Address, parse_address
 from millibert_ensemble.contract import QUEUE_TIMEOUT_PARAMETER, TEXT
 
 ANSWERED = "answered"
@@ -99,7 +99,7 @@ class _Grpc:
     def __init__(self, address: Address, path: str) -> None:
         from grpc import aio
 
-        from millibert._grpc import channel_options
+        from millibert._grpc_protocol import channel_options
 
         self._error = aio.AioRpcError
         self._channel = aio.insecure_channel(address.netloc, options=channel_options(address.host))

@@ -1,148 +1,177 @@
-"""What all clients share: the address, the checks, the deadline, the meaning of errors."""
+"""The client for threads."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+import socket
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self, overload
-from urllib.parse import SplitResult, urlsplit
+from typing import Any, Protocol, Self, TypeVar, overload
 
-from millibert._codec import CodecError, Config, Outputs, Request, decode, encode
-from millibert._errors import (
-    InvalidRequest,
-    NotFound,
-    ServerFault,
-    ServiceError,
-    Timeout,
-    Unavailable,
-    UsageError,
+from millibert._calls import Calls, Effect, Pause, Resolve, Send, Steps
+from millibert._endpoints import Endpoint
+from millibert._errors import UsageError
+from millibert._many import (
+    DEFAULT_CONCURRENCY,
+    DEFAULT_PATIENCE,
+    Answer,
+    ManyOptions,
+    choose_batch_size,
+    classify_batch,
+    in_order,
 )
-from millibert._types import Classification
+from millibert._protocol import AttemptFailed
+from millibert._security import HeaderSource, TokenSource, check_headers
+from millibert._statistics import Counters
+from millibert._tracing import trace_headers
+from millibert._types import Classification, ModelState, ServerInfo
 
-DEFAULT_TIMEOUT = 10.0
-"""Seconds a call may take where nobody says otherwise."""
-LONGEST_TIMEOUT = 86_400.0
-"""Seconds; beyond a day a timeout is a mistake, and gRPC overflows far beyond it."""
-DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
-"""The schemes there are, and Triton's port for each."""
-
-
-class Address(NamedTuple):
-    """Where a server listens."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @property
-    def netloc(self) -> str:
-        """`host:port`, an IPv6 host in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.netloc}"
+T = TypeVar("T")
 
 
-def parse_address(url: str) -> Address:
-    """Read `grpc://host[:port]` or `http://host[:port]`; raises `UsageError` for anything else."""
-    split = _split(url)
-    allowed = " or ".join(f"{scheme}://host:{port}" for scheme, port in DEFAULT_PORTS.items())
-    if split.scheme not in DEFAULT_PORTS:
-        wrong = f"the scheme {split.scheme!r} is unknown" if "://" in url else "the scheme is missing"
-        raise UsageError(f"cannot use the url {url!r}: {wrong}; expected {allowed}")
-    if not split.hostname:
-        raise UsageError(f"cannot use the url {url!r}: the host is missing; expected {allowed}")
-    if split.path.strip("/") or split.query or split.fragment or "@" in split.netloc:
-        raise UsageError(f"cannot use the url {url!r}: it has more than a host and a port; expected {allowed}")
-    port = DEFAULT_PORTS[split.scheme] if split.port is None else split.port
-    return Address(split.scheme, split.hostname, port)
+class Sender(Protocol):
+    """Takes messages of one protocol to endpoints. Safe to share between threads."""
+
+    def send(self, endpoint: Endpoint, message: Any, headers: Mapping[str, str], seconds: float) -> Any:
+        """Return what came back within the seconds, or raise `AttemptFailed`."""
+        ...
+
+    def close(self) -> None:
+        """Close all connections."""
+        ...
 
 
-def _split(url: str) -> SplitResult:
-    try:
-        split = urlsplit(url)
-        _ = split.port  # urllib checks the port only when asked for it
-    except ValueError as error:
-        raise UsageError(f"cannot use the url {url!r}: {error}") from error
-    return split
+class Client(Calls):
+    """A service, called from threads; `connect` makes the right one for a url. Safe to share between threads.
 
-
-class Client(ABC):
-    """A service at one endpoint: one model on one server. Safe to share between threads.
-
-    `url` is `grpc://host:port` or `http://host:port`, `timeout` the seconds that a call may take from its
-    start to the complete answer. Nothing is sent before the first call. Every failed call raises a
-    `ServiceError` that says which endpoint and model.
+    Usable as a context manager, and after a fork. See `Calls` for the arguments. Every failed call raises a
+    `ServiceError`.
     """
 
-    scheme: ClassVar[str]
+    @abstractmethod
+    def _make_sender(self) -> Sender: ...
 
-    def __init__(self, url: str, model: str, timeout: float = DEFAULT_TIMEOUT) -> None:
-        address = parse_address(url)
-        if address.scheme != self.scheme:
-            raise UsageError(f"{type(self).__name__} needs a url with {self.scheme}://, not {url!r}")
-        if not isinstance(model, str) or not model or not model.isprintable():
-            raise UsageError(f"the model must be named, not {model!r}")
-        if not _is_timeout(timeout):
-            raise UsageError(f"timeout must be a positive number of seconds up to a day, not {timeout!r}")
-        self.address = address
-        self.model = model
-        self.timeout = float(timeout)
-
-    @overload
-    def classify(self, texts: str, top_k: int | None = None, timeout: float | None = None) -> Classification: ...
+    def _begin(self) -> None:
+        super()._begin()
+        self._sender: Sender | None = None
+        self._lock = threading.Lock()
 
     @overload
     def classify(
-        self, texts: list[str] | tuple[str, ...], top_k: int | None = None, timeout: float | None = None
+        self,
+        texts: str,
+        top_k: int | None = None,
+        *,
+        threshold: float | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> Classification: ...
+
+    @overload
+    def classify(
+        self,
+        texts: list[str] | tuple[str, ...],
+        top_k: int | None = None,
+        *,
+        threshold: float | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> tuple[Classification, ...]: ...
 
     def classify(
         self,
         texts: str | list[str] | tuple[str, ...],
         top_k: int | None = None,
+        *,
+        threshold: float | None = None,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Classification | tuple[Classification, ...]:
-        """Classify one text, or several in one request, in order.
+        """Classify one text, or several, in order; more than the model takes at once go in several requests.
 
-        `top_k` is the number of labels per text (None: the model's default), `timeout` overrides the
-        client's for this call, in seconds. Raises `InvalidRequest`, `NotFound`, `Unavailable`, `Timeout` or
-        `ServerFault`.
+        `top_k` is the number of labels per text (None: the model's default). A label is `accepted` from a score of
+        `threshold` on (None: the threshold that the build chose for it). `timeout`, in seconds, overrides the client's
+        for this call. `request_id` is what server and errors call this request.
         """
-        seconds = self._seconds(timeout)
-        try:
-            request = encode([texts] if isinstance(texts, str) else texts, top_k)
-        except CodecError as error:
-            raise self._error(InvalidRequest, str(error)) from error
-        try:
-            answers = decode(request.texts, self._infer(request, seconds))
-        except CodecError as error:
-            raise self._error(ServerFault, f"the answer breaks the contract: {error}") from error
-        return answers[0] if isinstance(texts, str) else answers
+        answer: Classification | tuple[Classification, ...] = self._run(
+            self._classify(texts, top_k, threshold, timeout, request_id)
+        )
+        return answer
+
+    def classify_many(
+        self,
+        texts: Iterable[str],
+        top_k: int | None = None,
+        *,
+        threshold: float | None = None,
+        timeout: float | None = None,
+        batch_size: int | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        patience: float = DEFAULT_PATIENCE,
+        progress: bool = False,
+    ) -> Iterator[Answer]:
+        """Classify any number of texts; yields an answer each, in order, in constant memory.
+
+        `concurrency` requests of `batch_size` texts (None: as many as the model takes) are under way at a time. A text
+        that alone is at fault yields a `Failure`. While the server is busy, slow or away, a batch is tried again for
+        `patience` seconds; what lasts longer, or is wrong with every text, is raised. `timeout` is that of each
+        request. `progress` shows a bar on standard error.
+        """
+        options = ManyOptions(top_k, threshold, timeout, batch_size, concurrency, patience, progress)
+        return self._in_order(texts, options)
+
+    def _in_order(self, texts: Iterable[str], options: ManyOptions) -> Iterator[Answer]:
+        chosen = self._run(choose_batch_size(self, options))
+
+        def work(batch: list[object], abandoned: Callable[[], bool]) -> list[Answer]:
+            return self._run(classify_batch(self, batch, chosen, abandoned))
+
+        yield from in_order(texts, work, chosen)
 
     def ready(self, timeout: float | None = None) -> bool:
-        """Whether the server and the model take requests now; False too where no server answers."""
-        try:
-            return self._ready(self._seconds(timeout))
-        except (NotFound, Timeout, Unavailable):
-            return False
+        """Whether server and model take requests now; False too where no server answers."""
+        return self._run(self._is_ready(timeout))
+
+    def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Return once server and model take requests; raises `Timeout` if they do not in that many seconds."""
+        self._run(self._wait_until_ready(timeout))
 
     def max_batch_size(self, timeout: float | None = None) -> int:
         """How many texts one request may hold, from the model's configuration on the server."""
-        # Triton writes 0 for a model without a batch dimension: one text a request is all it could take.
-        return max(1, self._config(self._seconds(timeout)).max_batch_size)
+        return self._run(self._max_batch_size(timeout))
 
     def labels(self, timeout: float | None = None) -> tuple[str, ...]:
         """All labels the model can answer, in the order of their ids, from its configuration on the server."""
-        found = self._config(self._seconds(timeout)).labels
-        if not found:
-            raise self._error(ServerFault, "its configuration does not list its labels; built by an older millibert?")
-        return found
+        return self._run(self._labels(timeout))
 
-    @abstractmethod
+    def steps(self, timeout: float | None = None) -> tuple[str, ...]:
+        """Of an ensemble, the models that it runs, in order; of another model, none."""
+        return self._run(self._steps(timeout))
+
+    def models(self, timeout: float | None = None) -> tuple[ModelState, ...]:
+        """All models of the server's repository, and whether they are ready."""
+        return self._run(self._models(timeout))
+
+    def statistics(self, timeout: float | None = None) -> dict[str, Counters]:
+        """What the server has counted for each of its models since they were loaded."""
+        return self._run(self._statistics(timeout))
+
+    def server(self, timeout: float | None = None) -> ServerInfo:
+        """Name, version and extensions of the server."""
+        return self._run(self._server(timeout))
+
     def close(self) -> None:
         """Close the connections; the client cannot be used afterwards. May be called again."""
+        if self._closed:
+            return
+        self._run(self._close_regions())
+        self._closed = True
+        with self._lock:
+            sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close()
 
     def __enter__(self) -> Self:
         return self
@@ -152,35 +181,53 @@ class Client(ABC):
     ) -> None:
         self.close()
 
-    @abstractmethod
-    def _infer(self, request: Request, seconds: float) -> Outputs:
-        """Send the request; returns its outputs, or raises `ServiceError` or `CodecError`."""
+    def _run(self, steps: Steps[T]) -> T:
+        """Carry out the steps of a call, one effect after another."""
+        try:
+            effect = next(steps)
+            while True:
+                try:
+                    outcome = self._perform(effect)
+                except (AttemptFailed, OSError) as failure:
+                    effect = steps.throw(failure)
+                else:
+                    effect = steps.send(outcome)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        finally:
+            steps.close()
 
-    @abstractmethod
-    def _ready(self, seconds: float) -> bool: ...
+    def _perform(self, effect: Effect) -> Any:
+        if isinstance(effect, Send):
+            return self._open_sender().send(effect.endpoint, effect.message, self._headers(), effect.seconds)
+        if isinstance(effect, Pause):
+            return time.sleep(effect.seconds)
+        assert isinstance(effect, Resolve)
+        found = socket.getaddrinfo(effect.host, effect.port, type=socket.SOCK_STREAM)
+        return [str(address[4][0]) for address in found]
 
-    @abstractmethod
-    def _config(self, seconds: float) -> Config: ...
+    def _open_sender(self) -> Sender:
+        sender = self._sender
+        if sender is None:
+            with self._lock:
+                if self._sender is None:
+                    self._sender = self._make_sender()
+                sender = self._sender
+        return sender
 
-    def _seconds(self, timeout: float | None) -> float:
-        if timeout is None:
-            return self.timeout
-        if not _is_timeout(timeout):
-            reason = f"timeout must be a positive number of seconds up to a day, not {timeout!r}"
-            raise self._error(InvalidRequest, reason)
-        return float(timeout)
-
-    def _error(self, kind: type[ServiceError], reason: str) -> ServiceError:
-        return kind(reason, endpoint=str(self.address), model=self.model)
-
-    def _too_late(self, seconds: float) -> ServiceError:
-        return self._error(Timeout, f"no answer within {seconds:g} s")
-
-    def _closed(self) -> ServiceError:
-        return self._error(InvalidRequest, "this client is closed")
+    def _headers(self) -> dict[str, str]:
+        given = self._credentials
+        headers = given.restricted_headers(self.protocol.name)
+        if given.headers is not None:
+            headers |= check_headers(_called(given.headers))
+        if given.token is not None:
+            headers |= check_headers({"authorization": f"Bearer {_called(given.token)}"})
+        return headers | trace_headers()
 
 
-def _is_timeout(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value) and 0 < value <= LONGEST_TIMEOUT
+def _called(source: HeaderSource | TokenSource) -> Any:
+    value = source() if callable(source) else source
+    if hasattr(value, "__await__"):
+        raise UsageError("a coroutine function can only be called by the clients for asyncio; give a plain function")
+    return value

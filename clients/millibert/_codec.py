@@ -6,8 +6,8 @@ turns it into an error of `millibert._errors`.
 
 from __future__ import annotations
 
-import json
 import operator
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from millibert._errors import InvalidRequest, NotFound, ServerFault, ServiceError, Timeout, Unavailable
+from millibert._errors import Busy, InvalidRequest, NotFound, ServerFault, ServiceError, Timeout, Unavailable
 from millibert._types import Classification, Prediction
 from millibert_ensemble.contract import (
     ACCEPTED,
@@ -46,17 +46,9 @@ class Request(NamedTuple):
     """`TEXT`: UTF-8 bytes objects, shape [B, 1]."""
     parameters: dict[str, int]
 
-
-class Config(NamedTuple):
-    """What a client wants to know of the model's configuration."""
-
-    max_batch_size: int
-    labels: tuple[str, ...]
-
-    @classmethod
-    def of(cls, max_batch_size: object, labels: str) -> Config:
-        """From Triton's own form; raises ValueError or TypeError where it is not one."""
-        return cls(int(str(max_batch_size)), tuple(map(str, json.loads(labels))))
+    def part(self, start: int, end: int) -> Request:
+        """The same for some of the texts."""
+        return Request(self.texts[start:end], self.tensor[start:end], self.parameters)
 
 
 def encode(texts: Sequence[str], top_k: int | None) -> Request:
@@ -67,12 +59,13 @@ def encode(texts: Sequence[str], top_k: int | None) -> Request:
         raise CodecError("there is no text to classify: the list is empty")
     tensor = np.empty((len(texts), 1), dtype=np.object_)
     for index, text in enumerate(texts):
-        tensor[index, 0] = _utf8(text, index)
+        tensor[index, 0] = check_text(text, index)
     parameters = {} if top_k is None else {TOP_K_PARAMETER: _checked_top_k(top_k)}
     return Request(tuple(texts), tensor, parameters)
 
 
-def _utf8(text: str, index: int) -> bytes:
+def check_text(text: object, index: int) -> bytes:
+    """A text as UTF-8; raises `CodecError` that names its index."""
     if not isinstance(text, str):
         raise CodecError(f"text {index} is not a str but {type(text).__name__}")
     try:
@@ -106,11 +99,20 @@ def read_outputs(parse: Callable[[], Any]) -> Outputs:
         raise CodecError(f"not an inference response ({type(error).__name__}: {error})") from error
 
 
-def decode(texts: Sequence[str], outputs: Outputs) -> tuple[Classification, ...]:
+def check_threshold(threshold: float | None) -> float | None:
+    """A score from 0 to 1, or None; raises `CodecError`."""
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise CodecError(f"threshold must be a number from 0 to 1, not {threshold!r}")
+    return float(threshold)
+
+
+def decode(texts: Sequence[str], outputs: Outputs, threshold: float | None = None) -> tuple[Classification, ...]:
     """Read a response: one classification per text, in order.
 
-    `outputs` holds arrays of the shape [B, K], of `TRUNCATED` [B, 1]. Raises `CodecError` when they do not
-    follow the contract.
+    `outputs` holds arrays of the shape [B, K], of `TRUNCATED` [B, 1]. A `threshold` takes the place of those that
+    the build chose. Raises `CodecError` when the outputs do not follow the contract.
     """
     labels = _output(LABEL, outputs)
     shape = labels.shape
@@ -119,6 +121,9 @@ def decode(texts: Sequence[str], outputs: Outputs) -> tuple[Classification, ...]
     scores = _output(SCORE, outputs, shape)
     ids = _output(LABEL_ID, outputs, shape)
     accepted = _output(ACCEPTED, outputs, shape)
+    if threshold is not None:
+        # Scores are FP32: a score that reads 0.9 reaches a threshold of 0.9.
+        accepted = scores >= np.float32(threshold)
     truncated = _output(TRUNCATED, outputs, (shape[0], 1))
     return tuple(
         Classification(text, _predictions(labels[row], ids[row], scores[row], accepted[row]), bool(truncated[row, 0]))
@@ -164,29 +169,54 @@ _ERROR_OF_STATUS: dict[str, type[ServiceError]] = {
     "PERMISSION_DENIED": InvalidRequest,
     "NOT_FOUND": NotFound,
     "404": NotFound,
+    "CANCELLED": Unavailable,
     "UNAVAILABLE": Unavailable,
-    "RESOURCE_EXHAUSTED": Unavailable,
-    "429": Unavailable,
+    "RESOURCE_EXHAUSTED": Busy,
+    "429": Busy,
     "502": Unavailable,
     "503": Unavailable,
     "DEADLINE_EXCEEDED": Timeout,
     "408": Timeout,
     "504": Timeout,
 }
-# What a status says too broadly: no retry gets past these two.
-_REFUSED_FOR_GOOD = ("message larger than max", "protocol is restricted")
+# What a status says too broadly, by a part of its text. No retry gets past the first two; of Triton's UNAVAILABLE the
+# next are queues that are full or were too slow (ours, `default_queue_policy`'s); and a model whose process has died
+# fails every request until its server is started again.
+_ERROR_OF_TEXT: dict[str, type[ServiceError]] = {
+    "message larger than max": InvalidRequest,
+    "protocol is restricted": InvalidRequest,
+    "busy: ": Busy,
+    "queue is full": Busy,
+    "maximum queue size": Busy,
+    "Request timeout expired": Busy,
+    "is not healthy": Unavailable,
+}
+_REQUEST_ID = re.compile(r"\[request id: [^]]*\] ")
+_BATCH_LIMIT = re.compile(r"batch-size must be <= (\d+)")
 
 
 def error_class(status: str, reason: str) -> type[ServiceError]:
     """Find the error for a gRPC status name (`NOT_FOUND`) or an HTTP status (`404`) and its text."""
-    if any(fragment in reason for fragment in _REFUSED_FOR_GOOD):
-        return InvalidRequest
+    for fragment, kind in _ERROR_OF_TEXT.items():
+        if fragment in reason:
+            return kind
     if known := _ERROR_OF_STATUS.get(status):
         return known
     return InvalidRequest if status.startswith("4") else ServerFault
 
 
 def plain_reason(message: str) -> str:
-    """Cut off what tells a caller nothing: an empty request id before, a trace of the server's code after."""
-    reason = message.removeprefix("[request id: <id_unknown>] ").partition("\n\nAt:")[0]
+    """Cut off what tells a caller nothing: the request id before, a trace of the server's code after."""
+    reason = _REQUEST_ID.sub("", message, count=1).partition("\n\nAt:")[0]
     return " ".join(reason.split())
+
+
+def region_is_unknown(reason: str) -> bool:
+    """Whether a server has refused a request because it knows nothing of its shared memory, after a restart perhaps."""
+    return "shared memory region" in reason
+
+
+def batch_limit_in(reason: str) -> int | None:
+    """How many texts a request may hold, where that is what a server has refused a request for."""
+    found = _BATCH_LIMIT.search(reason)
+    return int(found[1]) if found else None

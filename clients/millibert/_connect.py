@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from millibert._client import DEFAULT_TIMEOUT, Client, parse_address
+from collections.abc import Sequence
+from typing import Unpack
+
+from millibert._address import parse_target
+from millibert._async_client import AsyncClient
+from millibert._calls import DEFAULT_TIMEOUT, ClientOptions
+from millibert._client import Client
 
 
-def connect(url: str, model: str, timeout: float = DEFAULT_TIMEOUT) -> Client:
-    """Make the client that the url's scheme asks for: `grpc://host:8001` or `http://host:8000`.
+def connect(
+    url: str | Sequence[str], model: str, timeout: float = DEFAULT_TIMEOUT, **options: Unpack[ClientOptions]
+) -> Client:
+    """Make the client that the url's scheme asks for: `grpc://host:8001`, `http://host:8000`, `grpcs://` or `https://`.
 
-    Raises `UsageError` for any other url. Nothing is sent yet: see `Client.ready`.
+    Takes whatever the clients take, see `Calls`; raises `UsageError` for any other url. Nothing is sent yet: see
+    `Client.ready`.
     """
-    if parse_address(url).scheme == "grpc":
+    if parse_target(url).addresses[0].protocol == "grpc":
         from millibert._grpc import GrpcClient
 
-        return GrpcClient(url, model, timeout)
+        return GrpcClient(url, model, timeout, **options)
     from millibert._http import HttpClient
 
-    return HttpClient(url, model, timeout)
+    return HttpClient(url, model, timeout, **options)
+
+
+def connect_async(
+    url: str | Sequence[str], model: str, timeout: float = DEFAULT_TIMEOUT, **options: Unpack[ClientOptions]
+) -> AsyncClient:
+    """Make the same for asyncio."""
+    if parse_target(url).addresses[0].protocol == "grpc":
+        from millibert._grpc_aio import AsyncGrpcClient
+
+        return AsyncGrpcClient(url, model, timeout, **options)
+    from millibert._http_aio import AsyncHttpClient
+
+    return AsyncHttpClient(url, model, timeout, **options)

@@ -1,31 +1,29 @@
-"""The HTTP transport.
+"""HTTP, for threads.
 
-tritonclient writes the requests and reads the answers; the sending is ours. tritonclient's own sender may
-not be shared between threads, leaves an event loop (two file descriptors and a thread) behind for every
-thread that ever used it, and knows no deadline for a whole call.
+The sending is ours. tritonclient's own sender may not be shared between threads, leaves an event loop (two file
+descriptors and a thread) behind for every thread that ever used it, and knows no deadline for a whole call.
 """
 
 from __future__ import annotations
 
 import http.client
-import json
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
-from urllib.parse import quote
+from typing import ClassVar
 
-from tritonclient import http as triton
-
-from millibert._client import DEFAULT_TIMEOUT, Address, Client
-from millibert._codec import Config, Outputs, Request, error_class, plain_reason, read_outputs
-from millibert._errors import ServerFault, ServiceError, Timeout, Unavailable
-from millibert_ensemble.contract import LABELS_PARAMETER, TEXT
+from millibert._client import Client
+from millibert._endpoints import Endpoint
+from millibert._errors import InvalidRequest, ServerFault, Timeout, Unavailable
+from millibert._http_protocol import HEADER_LENGTH, Answer, HttpProtocol, Message
+from millibert._protocol import CONNECT_SECONDS, AttemptFailed, Protocol
+from millibert._security import TLS
 
 _BLOCK = 1 << 16
-_HEADER_LENGTH = "Inference-Header-Content-Length"
-_LONGEST_REASON = 500
+# Servers and proxies close connections that lie idle, most after 60 s or more; one that is older is not trusted.
+_IDLE_SECONDS = 45.0
 # How a connection ends that the server closed while it lay idle.
 _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 
@@ -33,160 +31,105 @@ _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 class HttpClient(Client):
     """A service over HTTP: `HttpClient("http://127.0.0.1:8000", "banking77")`. Connects without proxies."""
 
-    scheme: ClassVar[str] = "http"
+    protocol: ClassVar[Protocol] = HttpProtocol()
 
-    def __init__(self, url: str, model: str, timeout: float = DEFAULT_TIMEOUT) -> None:
-        super().__init__(url, model, timeout)
-        self._connections = _Connections(self.address)
-        self._model_path = f"/v2/models/{quote(model, safe='')}"
-
-    def close(self) -> None:
-        """Close the idle connections now, and those in use when their call ends."""
-        self._connections.close()
-
-    def _infer(self, request: Request, seconds: float) -> Outputs:
-        tensor = triton.InferInput(TEXT.name, list(request.tensor.shape), TEXT.datatype)
-        tensor.set_data_from_numpy(request.tensor)
-        body, header_length = triton.InferenceServerClient.generate_request_body(
-            [tensor], parameters=request.parameters
-        )
-        post = _Message("POST", f"{self._model_path}/infer", body, {_HEADER_LENGTH: str(header_length)})
-        answer = self._checked(self._send(post, seconds))
-        return read_outputs(lambda: _parsed(answer))
-
-    def _ready(self, seconds: float) -> bool:
-        start = time.monotonic()
-        if not self._is_ok("/v2/health/ready", seconds):
-            return False
-        left = seconds - (time.monotonic() - start)
-        return left > 0 and self._is_ok(f"{self._model_path}/ready", left)
-
-    def _is_ok(self, path: str, seconds: float) -> bool:
-        answer = self._send(_Message("GET", path), seconds)
-        # Triton says "not ready" with 400, also for a model it does not know.
-        return answer.status != http.client.BAD_REQUEST and self._checked(answer) is answer
-
-    def _config(self, seconds: float) -> Config:
-        answer = self._checked(self._send(_Message("GET", f"{self._model_path}/config"), seconds))
-        try:
-            config = json.loads(answer.body)
-            labels = config.get("parameters", {}).get(LABELS_PARAMETER, {}).get("string_value", "[]")
-            return Config.of(config.get("max_batch_size", 0), labels)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise self._error(ServerFault, f"the answer is not a model configuration: {error}") from error
-
-    def _send(self, message: _Message, seconds: float) -> _Answer:
-        """Exchange a request for an answer of any status; what keeps an answer away becomes our error."""
-        if self._connections.closed:
-            raise self._closed()
-        try:
-            return self._connections.exchange(message, time.monotonic() + seconds)
-        except TimeoutError as error:
-            raise self._too_late(seconds) from error
-        except http.client.RemoteDisconnected as error:
-            raise self._error(Unavailable, "the server closed the connection without an answer") from error
-        except http.client.BadStatusLine as error:
-            raise self._error(ServerFault, "the answer is not HTTP; is this the HTTP port?") from error
-        except http.client.HTTPException as error:
-            reason = f"the answer breaks off or is not HTTP: {type(error).__name__}"
-            raise self._error(ServerFault, reason) from error
-        except OSError as error:
-            reason = f"cannot reach the server: {error.strerror or error}"
-            raise self._error(Unavailable, reason) from error
-
-    def _checked(self, answer: _Answer) -> _Answer:
-        if answer.status == http.client.OK:
-            return answer
-        raise self._translated(answer)
-
-    def _translated(self, answer: _Answer) -> ServiceError:
-        reason = _reason(answer)
-        kind = error_class(str(answer.status), reason)
-        if kind is Timeout:
-            reason = f"a proxy or the server gave up waiting: {reason}"
-        return self._error(kind, reason)
+    def _make_sender(self) -> _Sender:
+        return _Sender(self._tls)
 
 
-class _Message(NamedTuple):
-    method: str
-    path: str
-    body: bytes = b""
-    headers: Mapping[str, str] = MappingProxyType({})
+class _Sender:
+    """Kept-alive connections to each endpoint, each used by one call at a time."""
 
-
-class _Answer(NamedTuple):
-    status: int
-    header_length: str | None
-    body: bytes
-
-
-def _parsed(answer: _Answer) -> Any:
-    length = None if answer.header_length is None else int(answer.header_length)
-    return triton.InferenceServerClient.parse_response_body(answer.body, header_length=length)
-
-
-def _reason(answer: _Answer) -> str:
-    """Say what the server said: Triton's `{"error": …}`, or the text of something in front of it."""
-    try:
-        return plain_reason(str(json.loads(answer.body)["error"]))
-    except (ValueError, KeyError, TypeError):
-        text = " ".join(answer.body[:_LONGEST_REASON].decode(errors="replace").split())
-        return f"HTTP status {answer.status}: {text}" if text else f"HTTP status {answer.status}"
-
-
-class _Connections:
-    """Kept-alive connections to one address, each used by one call at a time."""
-
-    def __init__(self, address: Address) -> None:
-        self._address = address
-        self._idle: list[http.client.HTTPConnection] = []
+    def __init__(self, tls: TLS | None) -> None:
+        self._context = None if tls is None else tls.context()
+        self._server_name = None if tls is None else tls.server_name
+        self._idle: dict[Endpoint, list[_Connection]] = {}
         self._lock = threading.Lock()
-        self.closed = False
+        self._closed = False
 
-    def exchange(self, message: _Message, deadline: float) -> _Answer:
-        """Send one request and read its whole answer by `deadline` (of `time.monotonic`)."""
+    def send(self, endpoint: Endpoint, message: Message, headers: Mapping[str, str], seconds: float) -> Answer:
+        deadline = time.monotonic() + seconds
+        whole = message._replace(headers={**message.headers, **headers})
         while True:
-            connection, used_before = self._take()
+            connection, used_before = self._take(endpoint)
             try:
-                answer = _exchange(connection, message, deadline)
-            except _STALE:
+                answer = _exchange(connection, whole, deadline)
+            except _STALE as error:
                 connection.close()
                 # Sending again is safe, for a classification changes nothing on the server. Ends, because
                 # every round uses up an idle connection.
                 if not used_before:
-                    raise
+                    raise _as_failure(error, connection) from error
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                raise _as_failure(error, connection) from error
             except BaseException:
                 connection.close()
                 raise
             else:
-                self._give_back(connection)
+                self._give_back(endpoint, connection)
                 return answer
 
     def close(self) -> None:
         with self._lock:
-            self.closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+            self._closed = True
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
 
-    def _take(self) -> tuple[http.client.HTTPConnection, bool]:
+    def _take(self, endpoint: Endpoint) -> tuple[_Connection, bool]:
         with self._lock:
-            if self._idle:
-                return self._idle.pop(), True
-        return http.client.HTTPConnection(self._address.host, self._address.port), False
+            if self._closed:
+                raise AttemptFailed(InvalidRequest, "this client is closed")
+            idle = self._idle.get(endpoint, [])
+            fresh = time.monotonic() - _IDLE_SECONDS
+            while idle:
+                connection = idle.pop()
+                if connection.used_at >= fresh:
+                    return connection, True
+                connection.close()
+        return _Connection(endpoint, self._context, self._server_name), False
 
-    def _give_back(self, connection: http.client.HTTPConnection) -> None:
+    def _give_back(self, endpoint: Endpoint, connection: _Connection) -> None:
+        connection.used_at = time.monotonic()
         with self._lock:
-            if not self.closed and connection.sock is not None:
-                self._idle.append(connection)
+            if not self._closed and connection.sock is not None:
+                self._idle.setdefault(endpoint, []).append(connection)
                 return
         connection.close()
 
 
-def _exchange(connection: http.client.HTTPConnection, message: _Message, deadline: float) -> _Answer:
+class _Connection(http.client.HTTPConnection):
+    """A connection to an endpoint's address under the endpoint's name."""
+
+    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext | None, server_name: str | None) -> None:
+        super().__init__(endpoint.name, endpoint.address.port)
+        self._endpoint = endpoint
+        self._context = context
+        self._server_name = server_name or endpoint.name
+        self.connected = False
+        self.used_at = 0.0
+
+    def connect(self) -> None:
+        sock = socket.create_connection((self._endpoint.address.host, self.port), self.timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock = sock if self._context is None else self._secured(sock)
+        except BaseException:
+            sock.close()
+            raise
+        self.connected = True
+
+    def _secured(self, sock: socket.socket) -> ssl.SSLSocket:
+        assert self._context is not None
+        return self._context.wrap_socket(sock, server_hostname=self._server_name)
+
+
+def _exchange(connection: _Connection, message: Message, deadline: float) -> Answer:
     """Send and read on one connection, waiting at each step no longer than the deadline leaves."""
     if connection.sock is None:
-        connection.timeout = _left(deadline)
+        connection.timeout = min(CONNECT_SECONDS, _left(deadline))
         connection.connect()
     sock = connection.sock
     sock.settimeout(_left(deadline))
@@ -203,7 +146,36 @@ def _exchange(connection: http.client.HTTPConnection, message: _Message, deadlin
     answer = b"".join(blocks)
     if response.length:
         raise http.client.IncompleteRead(answer, response.length)
-    return _Answer(response.status, response.getheader(_HEADER_LENGTH), answer)
+    return Answer(response.status, response.getheader(HEADER_LENGTH), answer)
+
+
+def _as_failure(error: OSError | http.client.HTTPException, connection: _Connection) -> AttemptFailed:
+    """What kept an answer away."""
+    connected = connection.connected
+    if isinstance(error, TimeoutError):
+        if connected or connection.timeout is None or connection.timeout < CONNECT_SECONDS:
+            return AttemptFailed(Timeout, "the time is up", connected=connected)
+        return AttemptFailed(Unavailable, f"no connection within {CONNECT_SECONDS:g} s", connected=False)
+    if isinstance(error, http.client.RemoteDisconnected):
+        return AttemptFailed(Unavailable, "the server closed the connection without an answer")
+    if isinstance(error, http.client.BadStatusLine):
+        return AttemptFailed(ServerFault, "the answer is not HTTP; is this the HTTP port?")
+    if isinstance(error, http.client.IncompleteRead):
+        return AttemptFailed(Unavailable, "the answer breaks off")
+    if isinstance(error, http.client.HTTPException):
+        return AttemptFailed(ServerFault, f"the answer is not HTTP: {type(error).__name__}")
+    if isinstance(error, socket.gaierror):
+        return AttemptFailed(Unavailable, "cannot reach the server: the host name is not known", connected=False)
+    if isinstance(error, ssl.SSLError):
+        return AttemptFailed(Unavailable, f"cannot reach the server by TLS: {tls_reason(error)}", connected=False)
+    if not connected:
+        return AttemptFailed(Unavailable, f"cannot reach the server: {error.strerror or error}", connected=False)
+    return AttemptFailed(Unavailable, f"the connection was lost: {error.strerror or error}")
+
+
+def tls_reason(error: ssl.SSLError) -> str:
+    """What a person needs of OpenSSL's message."""
+    return getattr(error, "verify_message", "") or (error.reason or str(error)).replace("_", " ").lower()
 
 
 def _left(deadline: float) -> float:

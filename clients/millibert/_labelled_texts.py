@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from millibert._errors import UsageError
-from millibert._records import Record, read_records, require_column
+from millibert._records import Record, read_records, text_of
 
 
 class LabelledText(NamedTuple):
@@ -32,7 +32,7 @@ def read_labelled_texts(
     labelled = False
     for record in read_records(path):
         labelled = labelled or label_column in record.fields
-        rows.append(LabelledText(_text(path, record, text_column), _labels(path, record, label_column, separator)))
+        rows.append(LabelledText(text_of(path, record, text_column), _labels(path, record, label_column, separator)))
     if not rows:
         raise UsageError(f"{path}: no labelled texts")
     if not labelled:
@@ -43,24 +43,15 @@ def read_labelled_texts(
 
 def read_texts(path: Path, text_column: str) -> list[LabelledText]:
     """The same for texts that none of the labels fits: whatever else the file holds is left alone."""
-    rows = [LabelledText(_text(path, record, text_column), ()) for record in read_records(path)]
+    rows = [LabelledText(text_of(path, record, text_column), ()) for record in read_records(path)]
     if not rows:
         raise UsageError(f"{path}: no texts")
     return rows
 
 
-def _text(path: Path, record: Record, column: str) -> str:
-    require_column(path, record, column)
-    value = record.fields[column]
-    if not isinstance(value, str):
-        found = "no value" if value is None else f"{type(value).__name__}, not text,"
-        raise UsageError(f"{path}:{record.line}: {found} in column {column!r}")
-    return value
-
-
 def _labels(path: Path, record: Record, column: str, separator: str | None) -> tuple[str, ...]:
     if separator is None:
-        label = _text(path, record, column)
+        label = text_of(path, record, column)
         if not label:
             raise UsageError(f"{path}:{record.line}: empty {column!r}")
         return (label,)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from millibert._client import parse_address
+from millibert._address import parse_address
 from millibert._errors import MillibertError
 from millibert_ensemble.contract import TEXT
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from millibert._errors import ServiceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +64,61 @@ class Classification:
         listed = ", ".join(str(prediction) for prediction in self.predictions)
         notes = ["don't know"] * (not self.known) + ["text truncated"] * self.truncated
         return f"{listed} ({', '.join(notes)})" if notes else listed
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """In the place of a `Classification`: this text alone could not be classified."""
+
+    text: object
+    """What was given; it may not even be text."""
+    error: ServiceError
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """One version of a model on a server."""
+
+    name: str
+    version: str
+    state: str
+    """`READY`, or what Triton says instead."""
+    reason: str
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.state == "READY"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+ANSWERED, CANCELLED = "answered", "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One finished call, as the `on_call` hook of a client gets it. Never holds a text."""
+
+    method: str
+    """`classify`, `ready`, …"""
+    model: str
+    request_id: str
+    endpoint: str
+    """Where the last attempt went."""
+    texts: int
+    attempts: int
+    seconds: float
+    outcome: str
+    """`answered`, `cancelled`, or the name of the error's class."""
+    error: ServiceError | None

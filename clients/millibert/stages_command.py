@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from millibert._arguments import add_service
-from millibert._client import parse_address
-from millibert._errors import MillibertError, NotFound, ServiceError
-from millibert._statistics import TOKEN_KINDS, Counters, ensemble_steps, read_statistics, read_tokens
+from millibert._address import parse_address
+from millibert._arguments import add_service, open_client
+from millibert._client import Client
+from millibert._errors import MillibertError, NotFound, ServiceError, UsageError
+from millibert._statistics import Counters
+from millibert._tokens import TOKEN_KINDS, read_tokens
 
 # Where Triton has its metrics unless told otherwise.
 _METRICS_PORT = 8002
@@ -55,12 +57,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, and print; returns the exit status."""
-    steps = ensemble_steps(args.url, args.model, args.timeout)
-    before, cpu_before, tokens_before = _look(args) if args.seconds else _NOTHING
-    start = time.monotonic()
-    _wait(args.seconds)
-    after, cpu_after, tokens_after = _look(args)
-    seconds = time.monotonic() - start
+    _one_server(args)
+    with open_client(args) as client:
+        steps = client.steps()
+        before, cpu_before, tokens_before = _look(args, client) if args.seconds else _NOTHING
+        start = time.monotonic()
+        _wait(args.seconds)
+        after, cpu_after, tokens_after = _look(args, client)
+        seconds = time.monotonic() - start
     if args.model not in after:
         raise NotFound("no such model", endpoint=args.url, model=args.model)
     found = {name: after[name] - before.get(name, Counters()) for name in (args.model, *steps) if name in after}
@@ -84,9 +88,17 @@ class _Look(NamedTuple):
 _NOTHING = _Look({}, {}, {})
 
 
-def _look(args: argparse.Namespace) -> _Look:
+def _one_server(args: argparse.Namespace) -> None:
+    """Counters of several servers, asked in turn, would make no sense."""
+    try:
+        parse_address(args.url)
+    except UsageError as error:
+        args.wrong_usage(str(error))
+
+
+def _look(args: argparse.Namespace, client: Client) -> _Look:
     """Triton's counters, and CPU seconds of its processes and tokens where they can be seen."""
-    return _Look(read_statistics(args.url, args.timeout), _cpu(args.url), _tokens(args))
+    return _Look(client.statistics(), _cpu(args.url), _tokens(args))
 
 
 def _cpu(url: str) -> dict[str, float]:
