@@ -1,4 +1,4 @@
-"""What the README tells people to type exists."""
+"""What the README and the page of the clients tell people to type exists."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from millibert.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
-def commands() -> list[str]:
-    joined = README.replace("\\\n", " ")
+def commands(page: str = README) -> list[str]:
+    joined = page.replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if line.startswith("    millibert ")]
 
 
@@ -26,8 +27,8 @@ def test_there_are_commands_to_check():
     assert {shlex.split(command)[1] for command in commands()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_parses(command):
+@pytest.mark.parametrize("command", [*commands(), *commands(CLIENTS)])
+def test_every_command_of_the_pages_parses(command):
     _, name, *arguments = shlex.split(command)
     module = importlib.import_module(COMMANDS[name].module)
     parser = argparse.ArgumentParser(exit_on_error=False)
@@ -43,8 +44,10 @@ def test_every_command_explains_itself_with_an_example(name):
 
 
 def test_the_python_of_the_readme_compiles():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    ast.parse(block)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        ast.parse(block)
 
 
 def test_links_lead_somewhere():

@@ -1,22 +1,17 @@
-"""What the commands that call a server have in common: their arguments, and requests of the right size."""
+"""What the commands that call a server have in common: their arguments, and the client these describe."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from millibert._address import parse_target
 from millibert._calls import DEFAULT_TIMEOUT, ClientOptions
 from millibert._client import Client
 from millibert._connect import connect
-from millibert._errors import InvalidRequest, UsageError
+from millibert._errors import UsageError
 from millibert._security import TLS
-
-T = TypeVar("T")
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:
@@ -79,21 +74,6 @@ def _name_and_file(text: str) -> tuple[str, Path]:
     if not (name and separator and file):
         raise argparse.ArgumentTypeError(f"expected NAME=FILE, not {text}")
     return name, Path(file)
-
-
-def batch_limit(client: Client) -> int:
-    """Ask how many texts a request may hold; 1, with a note, where the server hides its configuration."""
-    try:
-        return client.max_batch_size()
-    except InvalidRequest as error:
-        print(f"note: sending one text a request: {error}", file=sys.stderr)
-        return 1
-
-
-def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    """Cut into lists of `size`, the last one shorter."""
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
 
 
 def positive_int(text: str) -> int:

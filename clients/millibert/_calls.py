@@ -157,6 +157,8 @@ class Calls:
         self._retry = options.get("retry") or Retry()
         self._credentials = Credentials(options.get("token"), options.get("headers"), options.get("restricted"))
         self._tls = (tls or TLS()) if target.addresses[0].secure else None
+        if self._tls is not None:
+            self._tls.check()
         self._on_call = options.get("on_call")
         self._shared_memory = shared_memory
         self._batch_limit: int | None = None
@@ -276,12 +278,12 @@ class Calls:
         tried: list[Endpoint] = []
         while True:
             endpoint = only or (yield from self._endpoint(question, tried))
+            left = _left(question)
+            if left <= 0:
+                raise self._error(Timeout, _too_late(question), question)
             question.progress.attempts += 1
             question.progress.endpoint = str(endpoint)
-            left = _left(question)
             try:
-                if left <= 0:
-                    raise AttemptFailed(Timeout, "the time is up")
                 answer = exchange.parse((yield Send(endpoint, exchange.message(left), left)))
             except CodecError as error:
                 self._endpoints.answered(endpoint)
@@ -457,7 +459,11 @@ def _left(question: _Question) -> float:
 
 
 def _reason(failure: AttemptFailed, question: _Question) -> str:
-    return f"no answer within {question.seconds:g} s" if failure.kind is Timeout else failure.reason
+    return _too_late(question) if failure.kind is Timeout else failure.reason
+
+
+def _too_late(question: _Question) -> str:
+    return f"no answer within {question.seconds:g} s"
 
 
 def _is_timeout(value: object) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from tritonclient.utils import InferenceServerException
 
 from millibert._errors import Busy, InvalidRequest, NotFound, ServerFault, ServiceError, Timeout, Unavailable
 from millibert._types import Classification, Prediction
@@ -94,7 +95,9 @@ def read_outputs(parse: Callable[[], Any]) -> Outputs:
     try:
         result = parse()
         return {tensor.name: result.as_numpy(tensor.name) for tensor in RESPONSE_TENSORS}
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except CodecError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, InferenceServerException) as error:
         # tritonclient takes the structure of a response for granted.
         raise CodecError(f"not an inference response ({type(error).__name__}: {error})") from error
 

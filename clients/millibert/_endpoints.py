@@ -72,7 +72,8 @@ class Endpoints:
         """The next in turn that is neither aside nor `tried`, or else the best of the others; None: there is none."""
         now = time.monotonic()
         with self._lock:
-            self._turn += 1
+            if not tried:
+                self._turn += 1  # not for a repeat, or every call might begin with the same server
             count = len(self._all)
             in_turn = [self._all[(self._turn + offset) % count] for offset in range(count)]
             for endpoint in in_turn:

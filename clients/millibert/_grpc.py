@@ -46,7 +46,10 @@ class _Sender:
             with FORK_GATE:
                 return getattr(server, message.method)(**message.arguments, headers=headers, client_timeout=seconds)
         except InferenceServerException as error:
-            raise (_closed() if self._closed else as_failure(error)) from error
+            failure = _closed() if self._closed else as_failure(error)
+            if failure.lost:
+                self._forget(endpoint, server)
+            raise failure from error
         except ValueError as error:
             if not self._closed:
                 raise
@@ -58,6 +61,12 @@ class _Sender:
             servers, self._servers = self._servers, {}
         for server in servers.values():
             server.close()
+
+    def _forget(self, endpoint: Endpoint, server: Any) -> None:
+        """When to try to connect again is for the call to say; this channel would refuse to for a while."""
+        with self._lock:
+            if self._servers.get(endpoint) is server:
+                del self._servers[endpoint]
 
     def _open(self, endpoint: Endpoint) -> Any:
         with self._lock:

@@ -44,7 +44,11 @@ class _Sender:
         try:
             return await getattr(server, message.method)(**message.arguments, headers=headers, client_timeout=seconds)
         except InferenceServerException as error:
-            raise (self._end() if self._closed else as_failure(error)) from error
+            failure = self._end() if self._closed else as_failure(error)
+            if failure.lost and self._servers.get(endpoint) is server:
+                # When to try to connect again is for the call to say; this channel would refuse to for a while.
+                del self._servers[endpoint]
+            raise failure from error
         except grpc.aio.UsageError as error:
             raise self._end() from error  # gRPC's word for a closed channel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,6 +44,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.enable_retries", 0),
 )
 
+_LOST = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|Connection reset|GOAWAY")
+_WHERE = re.compile(r"^(UNAVAILABLE: )?(ipv[46]:\S+: )?(recvmsg:)?")
+
 
 class Invocation(NamedTuple):
     """A method of `InferenceServerClient` and its arguments."""
@@ -69,13 +73,7 @@ class GrpcProtocol(Protocol):
             limit = {QUEUE_TIMEOUT_PARAMETER: max(1, int(1000 * seconds))}
             return Invocation("infer", {**fixed, "parameters": request.parameters | limit})
 
-        def parse(result: Any) -> Outputs:
-            answered = result.get_response().id
-            if answered not in ("", request_id):
-                raise CodecError(f"it is for the request {answered!r}")
-            return read_outputs(lambda: result)
-
-        return Exchange(message, parse)
+        return Exchange(message, lambda result: read_outputs(lambda: _checked(result, request_id)))
 
     def server_ready(self) -> Exchange[bool]:
         """`ServerReady`."""
@@ -113,6 +111,13 @@ class GrpcProtocol(Protocol):
     def unregister(self, name: str) -> Exchange[Any]:
         """`SystemSharedMemoryUnregister`."""
         return _exchange("unregister_system_shared_memory", _as_it_is, name=name)
+
+
+def _checked(result: Any, request_id: str) -> Any:
+    answered = result.get_response().id
+    if answered not in ("", request_id):
+        raise CodecError(f"it is for the request {answered!r}")
+    return result
 
 
 def _exchange(method: str, parse: Callable[[Any], Any], **arguments: Any) -> Exchange[Any]:
@@ -153,6 +158,8 @@ def as_failure(error: InferenceServerException) -> AttemptFailed:
     cause = _cause(reason) if kind is Unavailable else None
     if cause is not None:
         return AttemptFailed(kind, f"cannot reach the server: {cause}", connected=False)
+    if kind is Unavailable and _LOST.search(reason):
+        return AttemptFailed(kind, f"the connection was lost: {_WHERE.sub('', reason)}", lost=True)
     return AttemptFailed(kind, reason)
 
 
@@ -164,4 +171,5 @@ def _cause(reason: str) -> str | None:
         return None
     if "Socket closed" in reason:
         return "it hung up at the first word; is this its gRPC port?"
-    return reason.rpartition("last error: ")[2].rpartition("Failed to connect to remote host: ")[2]
+    last = reason.rpartition("last error: ")[2].rpartition("Failed to connect to remote host: ")[2]
+    return _WHERE.sub("", last)

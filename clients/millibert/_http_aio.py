@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -82,8 +83,9 @@ def _as_failure(error: Exception) -> AttemptFailed:
         reason = reason.replace("_", " ").lower() if reason.isupper() else reason
         return AttemptFailed(Unavailable, f"cannot reach the server by TLS: {reason}", connected=False)
     if isinstance(error, aiohttp.ClientConnectorError):
-        cause = error.os_error
-        return AttemptFailed(Unavailable, f"cannot reach the server: {cause.strerror or cause}", connected=False)
+        number = error.os_error.errno  # asyncio has words of its own for it
+        reason = os.strerror(number) if number else str(error.os_error)
+        return AttemptFailed(Unavailable, f"cannot reach the server: {reason}", connected=False)
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return AttemptFailed(Unavailable, "the server closed the connection without an answer")
     if isinstance(error, aiohttp.ClientPayloadError):

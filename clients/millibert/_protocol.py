@@ -24,12 +24,14 @@ CONNECT_SECONDS = 3.0
 class AttemptFailed(Exception):  # noqa: N818 - no error of the API: the call turns it into one
     """One attempt, at one endpoint, brought no answer, or one that is an error."""
 
-    def __init__(self, kind: type[ServiceError], reason: str, *, connected: bool = True) -> None:
+    def __init__(self, kind: type[ServiceError], reason: str, *, connected: bool = True, lost: bool = False) -> None:
         super().__init__(reason)
         self.kind = kind
         self.reason = reason
         self.connected = connected
         """False where the endpoint could not even be connected to."""
+        self.lost = lost or not connected
+        """There is no connection any more."""
 
 
 class Exchange(NamedTuple, Generic[T]):

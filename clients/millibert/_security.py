@@ -25,7 +25,8 @@ class TLS:
 
     `ca` holds the authorities to trust (None: this machine's), `cert` and `key` what this client shows of itself
     (mutual TLS), `server_name` the name to expect in the server's certificate where it is not the url's host.
-    They are read when a client is made: make a new client after they were renewed.
+    They are read when a client is made, and new connections may read them again: after they were renewed, make a new
+    client.
     """
 
     ca: str | Path | None = None
@@ -36,6 +37,10 @@ class TLS:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise UsageError("mutual TLS needs both files: the certificate (cert) and its key")
+
+    def check(self) -> None:
+        """Read all files; raises `UsageError` that names the one that cannot be used."""
+        self.context()
 
     def authorities(self) -> bytes | None:
         """What `ca` holds, or this machine's authorities; None where it has none in a file."""

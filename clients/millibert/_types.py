@@ -85,8 +85,9 @@ class ModelState:
     name: str
     version: str
     state: str
-    """`READY`, or what Triton says instead."""
+    """`READY`, or what Triton says instead; empty for a model that nobody has told the server to load."""
     reason: str
+    """Why it is not; may have several lines."""
 
     @property
     def ready(self) -> bool:

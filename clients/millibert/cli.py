@@ -38,6 +38,7 @@ COMMANDS = {
     "bench-gpu": Command("millibert_build.bench_gpu", "packed against padded on a CUDA GPU, in PyTorch", "build"),
     "serve": Command("millibert_ensemble.serve_command", "run Triton on a model repository", "serve"),
     "classify": Command("millibert.classify_command", "labels and scores of texts, from a server", None),
+    "status": Command("millibert.status_command", "whether servers and models are up, ready and well", None),
     "stages": Command("millibert.stages_command", "where a served model's time goes, on a live server", None),
     "evaluate": Command("millibert.evaluate_command", "accuracy measured through a server", None),
 }
