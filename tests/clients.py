@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 from collections.abc import AsyncIterator
 from typing import Any, Self
@@ -28,16 +29,20 @@ class Driven:
             result = method(*arguments, **named)
             if isinstance(result, AsyncIterator):
                 return self._each(result)
-            return self.runner.run(result)
+            return self._run(result)
 
         return call
 
     def _each(self, answers: AsyncIterator[Any]) -> Any:
         while True:
             try:
-                yield self.runner.run(anext(answers))  # type: ignore[arg-type]
+                yield self._run(anext(answers))
             except StopAsyncIteration:
                 return
+
+    def _run(self, work: Any) -> Any:
+        # In the caller's context, as `await` would be.
+        return self.runner.run(work, context=contextvars.copy_context())
 
     def __enter__(self) -> Self:
         return self

@@ -45,8 +45,8 @@ class AsyncClient(Calls):
     """A service, called from asyncio; `connect_async` makes the right one for a url. Same calls as `Client`.
 
     Usable as an asynchronous context manager, and from one event loop after another. When a call is cancelled, its gRPC
-    call is too, and its HTTP connection is closed. What a server makes of that is its own: Triton 2.51 finishes the step
-    of an ensemble that it is at; a call that waits for the engine is dropped when its deadline has passed.
+    call is too, and its HTTP connection is closed. What a server makes of that is its own: Triton 2.51 finishes the
+    step of an ensemble that it is at; a call that waits for the engine is dropped when its deadline has passed.
     """
 
     @abstractmethod

@@ -229,5 +229,7 @@ class Client(Calls):
 def _called(source: HeaderSource | TokenSource) -> Any:
     value = source() if callable(source) else source
     if hasattr(value, "__await__"):
+        if hasattr(value, "close"):
+            value.close()  # a coroutine that is never awaited complains
         raise UsageError("a coroutine function can only be called by the clients for asyncio; give a plain function")
     return value

@@ -1,8 +1,8 @@
 """Lets a process fork between gRPC calls, and not amid them.
 
 gRPC prepares itself for a fork only where no other thread is inside it; forked at another moment, a child that calls
-gRPC hangs or crashes. So a fork waits for the calls under way to end, and new ones wait for the fork. Where that does not
-help the child is told, instead of left hanging.
+gRPC hangs or crashes. So a fork waits for the calls under way to end, and new ones wait for the fork. Where that does
+not help, the child is told instead of left hanging.
 """
 
 from __future__ import annotations
