@@ -3,8 +3,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from millibert import Classification, Prediction, Unavailable, UsageError, evaluate_command
+from millibert import Classification, Failure, Prediction, ServerFault, UsageError, evaluate_command
 from millibert._labelled_texts import LabelledText, read_labelled_texts, read_texts
 from millibert._metrics import (
     accuracy,
@@ -26,7 +25,6 @@ from millibert._metrics import (
     multi_label_macro_f1,
     top_k_accuracy,
 )
-from millibert.classify_command import as_document, as_table
 
 if TYPE_CHECKING:
     from tests.conftest import RunningServer
@@ -39,8 +37,8 @@ TEXTS = [("hello you", "greeting"), ("hello again, you", "greeting"), ("sleep 0"
 COMMAND = [sys.executable, "-m", "millibert.cli"]
 
 
-def millibert(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=60, input=stdin)
+def millibert(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=60)
 
 
 def csv_file(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
@@ -52,79 +50,23 @@ def csv_file(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = 
 # Wrong usage, and what needs no server
 
 
-@pytest.mark.parametrize("command", ["classify", "evaluate"])
-def test_help_has_examples(command: str) -> None:
-    shown = millibert(command, "--help")
+def test_help_has_examples() -> None:
+    shown = millibert("evaluate", "--help")
     assert shown.returncode == 0
-    assert f"examples:\n  millibert {command} --url grpc://127.0.0.1:8001".encode() in shown.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "m", "a"], "--url"),
-        (["--url", "ftp://host", "--model", "m", "a"], "expected grpc://host:8001 or http://host:8000"),
-        (["--url", "host:8001", "--model", "m", "a"], "the scheme is missing"),
-        ([*NOWHERE, "--top", "0", "a"], "expected an integer of at least 1, not 0"),
-        ([*NOWHERE, "--top", "x", "a"], "invalid integer value: 'x'"),
-        ([*NOWHERE, "--timeout", "-1", "a"], "expected a number above 0, not -1"),
-        ([*NOWHERE], "the standard input holds none"),
-    ],
-)
-def test_wrong_usage(arguments: list[str], message: str) -> None:
-    done = millibert("classify", *arguments)
-    assert done.returncode == 2
-    assert done.stdout == b""
-    assert message in done.stderr.decode()
-
-
-def test_no_text_on_a_terminal() -> None:
-    main, terminal = pty.openpty()
-    try:
-        done = subprocess.run([*COMMAND, "classify", *NOWHERE], capture_output=True, timeout=60, stdin=terminal)
-    finally:
-        os.close(main)
-        os.close(terminal)
-    assert done.returncode == 2
-    assert b"no text: give texts as arguments, or one a line on the standard input" in done.stderr
-
-
-def test_input_that_is_not_utf8() -> None:
-    done = millibert("classify", *NOWHERE, stdin=b"fine\nnot \xff\n")
-    assert done.returncode == 2
-    assert b"line 2 of the standard input is not UTF-8" in done.stderr
+    assert b"examples:\n  millibert evaluate --url grpc://127.0.0.1:8001" in shown.stdout
 
 
 @pytest.mark.parametrize("url", ["grpc://127.0.0.1:1", "http://127.0.0.1:1"])
 def test_no_server(url: str, tmp_path: Path) -> None:
     data = csv_file(tmp_path / "data.csv", TEXTS)
-    for arguments in (["classify", "a"], ["classify", "--json", "a", "b"], ["evaluate", "--data", str(data)]):
-        done = millibert(*arguments, "--url", url, "--model", "m")
-        assert done.returncode == 1
-        assert done.stdout == b""
-        assert done.stderr.decode() == (
-            f"millibert {arguments[0]}: cannot reach the server: Connection refused (model 'm' at {url})\n"
-        )
-
-
-def test_layouts() -> None:
-    predictions = (Prediction("nap", 1, 0.75), Prediction("greeting", 0, float.fromhex("0x1.99999ap-4"), False))
-    answer = Classification("two\nlines " + "x" * 200, predictions, truncated=True)
-    text, first, second, note = as_table(answer).splitlines()
-    assert text == "two lines " + "x" * 89 + "…"
-    assert (first, second) == ("  nap       0.750  ✓", "  greeting  0.100")
-    assert note.startswith("  note: longer than the model reads")
-    assert as_document(answer) == {
-        "text": answer.text,
-        "truncated": True,
-        "known": True,
-        "predictions": [
-            {"label": "nap", "id": 1, "score": 0.75, "accepted": True},
-            {"label": "greeting", "id": 0, "score": 0.1, "accepted": False},
-        ],
-    }
-    unsure = Classification("?", predictions[1:], truncated=False)
-    assert as_table(unsure).splitlines()[-1].startswith("  note: don't know")
+    done = millibert("evaluate", "--data", str(data), "--url", url, "--model", "m")
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert re.fullmatch(
+        f"millibert evaluate: cannot reach the server: Connection refused "
+        rf"\(model 'm' at {url}, request \S+, 4 attempts\); `millibert status` .*\n",
+        done.stderr.decode(),
+    )
 
 
 # Data files
@@ -240,13 +182,15 @@ class FakeClient:
     def labels(self) -> tuple[str, ...]:
         return ("a", "b", "c")
 
-    def max_batch_size(self) -> int:
-        return 1
+    def classify(self, text: str, top_k: int | None = None) -> Classification:
+        return self._answer(text, top_k or 3)
 
-    def classify(self, texts: list[str] | str, top_k: int | None = None) -> tuple[Classification, ...]:
-        if "!" in texts[0]:
-            raise Unavailable("busy", endpoint="grpc://nowhere", model="m")
-        return tuple(self._answer(text, top_k or 3) for text in texts)
+    def classify_many(self, texts: list[str], top_k: int | None, **_: object) -> Iterator[Classification | Failure]:
+        for text in texts:
+            if "!" in text:
+                yield Failure(text, ServerFault("boom", endpoint="grpc://nowhere", model="m"))
+            else:
+                yield self._answer(text, top_k or 3)
 
     def _answer(self, text: str, top_k: int) -> Classification:
         ranked = sorted(self.labels(), key=lambda label: label not in text)
@@ -339,42 +283,6 @@ def service(request: pytest.FixtureRequest, server: RunningServer) -> list[str]:
 
 
 @pytest.mark.e2e
-def test_classify(service: list[str]) -> None:
-    done = millibert("classify", *service, "--top", "2", "hello you", "größe")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == (
-        "hello you\n  greeting  0.800  ✓\n  nap       0.100\ngröße\n  other     0.800  ✓\n  greeting  0.100\n"
-    )
-
-
-@pytest.mark.e2e
-def test_classify_many_lines(service: list[str]) -> None:
-    lines = [f"hello {number}" for number in range(20)]  # the model takes 8 texts a request
-    done = millibert("classify", *service, "--json", stdin="\r\n\r\n".join(lines).encode())
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
-    assert [answer["text"] for answer in answers] == lines
-    assert answers[0] == {
-        "text": "hello 0",
-        "truncated": False,
-        "known": True,
-        "predictions": [
-            {"label": "greeting", "id": 0, "score": 0.8, "accepted": True},
-            {"label": "nap", "id": 1, "score": 0.1, "accepted": False},
-            {"label": "other", "id": 2, "score": 0.06, "accepted": False},
-        ],
-    }
-
-
-@pytest.mark.e2e
-def test_classify_fails(service: list[str]) -> None:
-    done = millibert("classify", *service, "--json", "--top", "9", "a")
-    assert done.returncode == 1
-    assert done.stdout == b""
-    assert b"top_k must be 1 to 4, not 9" in done.stderr
-
-
-@pytest.mark.e2e
 def test_evaluate(service: list[str], tmp_path: Path) -> None:
     data = csv_file(tmp_path / "data.csv", TEXTS * 5, ("query", "intent"))
     predictions = tmp_path / "predictions.jsonl"
@@ -402,14 +310,14 @@ def test_evaluate(service: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_evaluate_with_failures(service: list[str], tmp_path: Path) -> None:
-    data = csv_file(tmp_path / "data.csv", [*TEXTS, ("busy", "nap"), ("what", "unheard")])
-    done = millibert("evaluate", *service, "--data", str(data), "--batch-size", "1")
+    data = csv_file(tmp_path / "data.csv", [*TEXTS, ("crash", "nap"), ("what", "unheard")])
+    done = millibert("evaluate", *service, "--data", str(data))
     assert done.returncode == 1
     assert b"accuracy        0.6000\n" in done.stdout
     assert b"6, 1 without an answer, 0 truncated\n" in done.stdout
     errors = done.stderr.decode()
     assert "1 of 6 texts got no answer:" in errors
-    assert "the queue is full" in errors
+    assert "RuntimeError: boom" in errors
     assert "warning: labels of the data that the model never answered, does it know them? unheard" in errors
 
 
@@ -418,8 +326,8 @@ def test_evaluate_without_any_answer(service: list[str], tmp_path: Path) -> None
     data = csv_file(tmp_path / "data.csv", TEXTS)
     done = millibert("evaluate", *service, "--data", str(data), "--batch-size", "9")
     assert done.returncode == 0  # four texts fit
-    data = csv_file(tmp_path / "data.csv", [("busy", "nap")])
+    data = csv_file(tmp_path / "data.csv", [("crash", "nap")])
     done = millibert("evaluate", *service, "--data", str(data))
     assert done.returncode == 1
     assert done.stdout == b""
-    assert b"the queue is full" in done.stderr
+    assert b"RuntimeError: boom" in done.stderr

@@ -12,7 +12,7 @@ from millibert._errors import UsageError
 from millibert._records import READERS, decoded, lines_of, read_records, text_of
 
 # A writer that has been silent for that long has stopped for now.
-_PAUSE_SECONDS = 0.05
+_PAUSE_SECONDS = 0.01
 _CHUNK_BYTES = 1 << 16
 
 

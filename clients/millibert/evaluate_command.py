@@ -1,7 +1,7 @@
 """Measure how often a served model is right, on labelled texts sent through the server.
 
-The data are CSV files with a header, JSON arrays of objects, or JSON Lines; UTF-8. Texts without an answer count
-as errors and are left out of the figures.
+The data are CSV files with a header, JSON arrays of objects, or JSON Lines; UTF-8. Texts that the server refuses or
+fails at count as errors and are left out of the figures; a server that stays busy or away ends the run.
 
 examples:
   millibert evaluate --url grpc://127.0.0.1:8001 --model banking77 --data test.csv --label-column category
@@ -20,35 +20,21 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from tqdm import tqdm
+from typing import Any
 
 from millibert import _metrics as metrics
-from millibert._arguments import add_service, batch_limit, batches, open_client, positive_int
+from millibert._arguments import add_service, open_client, positive_int
 from millibert._client import Client
 from millibert._errors import InvalidRequest, ServiceError, UsageError
 from millibert._labelled_texts import LabelledText, read_labelled_texts, read_texts
-from millibert._types import Classification
+from millibert._many import DEFAULT_CONCURRENCY
+from millibert._types import Failure
 
 _TOP_K = 3
 _NAMED_AT_MOST = 5  # labels or errors in a message
 _PROBE = "Hello"
-
-
-class Outcome(NamedTuple):
-    """What one request brought: an answer per text, or the reason why there is none."""
-
-    rows: list[LabelledText]
-    answers: tuple[Classification, ...]
-    error: ServiceError | None
-
-    def pairs(self) -> list[metrics.Pair]:
-        """Each text with its answer; empty when the request failed."""
-        return list(zip(self.rows, self.answers, strict=True)) if self.error is None else []
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concurrency",
         type=positive_int,
-        default=4,
+        default=DEFAULT_CONCURRENCY,
         metavar="N",
         help="requests under way at a time (default: %(default)s)",
     )
@@ -115,19 +101,17 @@ def run(args: argparse.Namespace) -> int:
         _write_predictions(args.predictions, [], args.multi_label)
     with open_client(args) as client:
         top_k = len(client.labels()) if args.multi_label else _accepted_top_k(client)
-        size = args.batch_size or batch_limit(client)
         start = time.perf_counter()
-        outcomes = _answered(client, rows, size, top_k, args)
+        pairs, failures = _answers(client, rows, top_k, args)
         seconds = round(time.perf_counter() - start, 3)
-        outside_outcomes = _answered(client, outside, size, top_k, args)
-    pairs = _pairs(outcomes)
-    failures = [outcome.error for outcome in (*outcomes, *outside_outcomes) if outcome.error is not None]
+        outside_pairs, outside_failures = _answers(client, outside, top_k, args)
+    failures += outside_failures
     if not pairs:
         raise failures[0]
     measured = _multi_label_figures(pairs) if args.multi_label else _figures(pairs)
     figures = {**measured, **_counts(pairs, len(rows)), "seconds": seconds, "model": args.model, "url": args.url}
     if outside:
-        figures |= _out_of_scope_figures(_pairs(outside_outcomes), len(outside))
+        figures |= _out_of_scope_figures(outside_pairs, len(outside))
     if args.checkpoint is not None:
         figures["agreement"] = _agreement(pairs, args.checkpoint, multi_label=args.multi_label)
     _warn(pairs, failures, figures)
@@ -150,38 +134,27 @@ def _accepted_top_k(client: Client) -> int | None:
     return _TOP_K
 
 
-def _outcomes(
-    client: Client, rows: Sequence[LabelledText], size: int, top_k: int | None, concurrency: int
-) -> Iterator[Outcome]:
-    def call(batch: list[LabelledText]) -> Outcome:
-        try:
-            return Outcome(batch, client.classify([row.text for row in batch], top_k=top_k), None)
-        except ServiceError as error:
-            return Outcome(batch, (), error)
-
-    with ThreadPoolExecutor(concurrency) as pool:
-        # map() gives the outcomes in the order of the data, and drops what has not begun on Ctrl-C.
-        yield from pool.map(call, batches(rows, size))
-
-
-def _answered(
-    client: Client, rows: Sequence[LabelledText], size: int, top_k: int | None, args: argparse.Namespace
-) -> list[Outcome]:
+def _answers(
+    client: Client, rows: Sequence[LabelledText], top_k: int | None, args: argparse.Namespace
+) -> tuple[list[metrics.Pair], list[ServiceError]]:
+    """Each text that has an answer with it, and what went wrong with the others."""
     if not rows:
-        return []
-    return list(_with_progress(_outcomes(client, rows, size, top_k, args.concurrency), len(rows), hidden=args.json))
-
-
-def _pairs(outcomes: Iterable[Outcome]) -> list[metrics.Pair]:
-    return [pair for outcome in outcomes for pair in outcome.pairs()]
-
-
-def _with_progress(outcomes: Iterable[Outcome], total: int, *, hidden: bool) -> Iterator[Outcome]:
-    # tqdm takes None for "only on a terminal".
-    with tqdm(total=total, unit="text", file=sys.stderr, disable=True if hidden else None) as bar:
-        for outcome in outcomes:
-            bar.update(len(outcome.rows))
-            yield outcome
+        return [], []
+    answers = client.classify_many(
+        [row.text for row in rows],
+        top_k,
+        batch_size=args.batch_size,
+        concurrency=args.concurrency,
+        progress=sys.stderr.isatty() and not args.json,
+    )
+    pairs: list[metrics.Pair] = []
+    failures: list[ServiceError] = []
+    for row, answer in zip(rows, answers, strict=True):
+        if isinstance(answer, Failure):
+            failures.append(answer.error)
+        else:
+            pairs.append((row, answer))
+    return pairs, failures
 
 
 def _figures(pairs: Sequence[metrics.Pair]) -> dict[str, Any]:
