@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -320,6 +321,33 @@ def test_many_texts_are_taken_as_they_are_needed(client: Any) -> None:
         next(answers)
     assert taken <= 100 + 4 * (2 * 2 + 1)
     (getattr(answers, "close", None) or answers.aclose)()
+
+
+@pytest.mark.e2e
+def test_what_came_before_a_failing_source_is_answered(client: Any) -> None:
+    def source() -> Iterator[str]:
+        yield from (f"hello {number}" for number in range(21))
+        raise OSError("the disk is gone")
+
+    found: list[str] = []
+    answers = (found.append(answer.text) for answer in client.classify_many(source(), batch_size=4))
+    with pytest.raises(OSError, match="the disk is gone"):
+        deque(answers, maxlen=0)
+    assert found == [f"hello {number}" for number in range(21)]
+
+
+@pytest.mark.e2e
+def test_closing_ends_the_calls_of_other_threads(server: RunningServer) -> None:
+    for url in (server.grpc_url, server.http_url):
+        client = millibert.connect(url, MODEL)
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(client.classify, "sleep 1.5")
+            time.sleep(0.3)
+            start = time.monotonic()
+            client.close()
+            with pytest.raises(millibert.InvalidRequest, match="this client is closed"):
+                slow.result()
+            assert time.monotonic() - start < 1
 
 
 @pytest.mark.e2e

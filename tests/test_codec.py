@@ -91,6 +91,7 @@ def test_decode_refuses(changed: dict[str, Any], reason: str) -> None:
         ("UNAVAILABLE 503", "in ensemble 'x', busy: no engine free in time", millibert.Busy),
         ("UNAVAILABLE 503", "Exceeds maximum queue size", millibert.Busy),
         ("UNAVAILABLE 503", "Request timeout expired", millibert.Busy),
+        ("NOT_FOUND 404 400", "Request for unknown model: 'm' has no available versions", millibert.Unavailable),
         ("INTERNAL 500", "Stub process 'bert_0_0' is not healthy.", millibert.Unavailable),
         ("DEADLINE_EXCEEDED 504 408", "", millibert.Timeout),
         ("INTERNAL 500 UNKNOWN DATA_LOSS 301", "", millibert.ServerFault),

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self, TypeVar, overload
 
 from millibert._calls import Calls, Effect, Pause, Resolve, Send, Steps
 from millibert._endpoints import Endpoint
+from millibert._errors import InvalidRequest
 from millibert._many import (
     DEFAULT_CONCURRENCY,
     DEFAULT_PATIENCE,
@@ -198,6 +199,8 @@ class AsyncClient(Calls):
         return [str(address[4][0]) for address in found]
 
     def _open_sender(self) -> AsyncSender:
+        if self._closed:
+            raise AttemptFailed(InvalidRequest, "this client is closed")
         loop = asyncio.get_running_loop()
         if self._sender is None or self._loop is not loop:
             # Connections belong to the loop in which they were made; those of a loop that is over cannot be closed.

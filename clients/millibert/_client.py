@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, TypeVar, overload
 
 from millibert._calls import Calls, Effect, Pause, Resolve, Send, Steps
 from millibert._endpoints import Endpoint
-from millibert._errors import UsageError
+from millibert._errors import InvalidRequest, UsageError
 from millibert._many import (
     DEFAULT_CONCURRENCY,
     DEFAULT_PATIENCE,
@@ -211,6 +211,8 @@ class Client(Calls):
         sender = self._sender
         if sender is None:
             with self._lock:
+                if self._closed:
+                    raise AttemptFailed(InvalidRequest, "this client is closed")
                 if self._sender is None:
                     self._sender = self._make_sender()
                 sender = self._sender

@@ -184,7 +184,7 @@ _ERROR_OF_STATUS: dict[str, type[ServiceError]] = {
 }
 # What a status says too broadly, by a part of its text. No retry gets past the first two; of Triton's UNAVAILABLE the
 # next are queues that are full or were too slow (ours, `default_queue_policy`'s); and a model whose process has died
-# fails every request until its server is started again.
+# fails every request until its server is started again; one that is stopping has unloaded its models.
 _ERROR_OF_TEXT: dict[str, type[ServiceError]] = {
     "message larger than max": InvalidRequest,
     "protocol is restricted": InvalidRequest,
@@ -193,6 +193,7 @@ _ERROR_OF_TEXT: dict[str, type[ServiceError]] = {
     "maximum queue size": Busy,
     "Request timeout expired": Busy,
     "is not healthy": Unavailable,
+    "has no available versions": Unavailable,
 }
 _REQUEST_ID = re.compile(r"\[request id: [^]]*\] ")
 _BATCH_LIMIT = re.compile(r"batch-size must be <= (\d+)")

@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import ClassVar
 
 from millibert._client import Client
@@ -44,6 +45,7 @@ class _Sender:
         self._context = None if tls is None else tls.context()
         self._server_name = None if tls is None else tls.server_name
         self._idle: dict[Endpoint, list[_Connection]] = {}
+        self._busy: set[_Connection] = set()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -55,16 +57,16 @@ class _Sender:
             try:
                 answer = _exchange(connection, whole, deadline)
             except _STALE as error:
-                connection.close()
+                self._end(connection)
                 # Sending again is safe, for a classification changes nothing on the server. Ends, because
                 # every round uses up an idle connection.
                 if not used_before:
                     raise _as_failure(error, connection) from error
             except (OSError, http.client.HTTPException) as error:
-                connection.close()
+                self._end(connection)
                 raise _as_failure(error, connection) from error
             except BaseException:
-                connection.close()
+                self._end(connection)
                 raise
             else:
                 self._give_back(endpoint, connection)
@@ -74,6 +76,8 @@ class _Sender:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, {}
+            for connection in self._busy:
+                connection.interrupt()
         for connections in idle.values():
             for connection in connections:
                 connection.close()
@@ -87,17 +91,29 @@ class _Sender:
             while idle:
                 connection = idle.pop()
                 if connection.used_at >= fresh:
+                    self._busy.add(connection)
                     return connection, True
                 connection.close()
-        return _Connection(endpoint, self._context, self._server_name), False
+            connection = _Connection(endpoint, self._context, self._server_name)
+            self._busy.add(connection)
+            return connection, False
 
     def _give_back(self, endpoint: Endpoint, connection: _Connection) -> None:
         connection.used_at = time.monotonic()
         with self._lock:
+            self._busy.discard(connection)
             if not self._closed and connection.sock is not None:
                 self._idle.setdefault(endpoint, []).append(connection)
                 return
         connection.close()
+
+    def _end(self, connection: _Connection) -> None:
+        """Its call has failed; of one that `close` has interrupted, that is what there is to say."""
+        connection.close()
+        with self._lock:
+            self._busy.discard(connection)
+            if self._closed:
+                raise AttemptFailed(InvalidRequest, "this client is closed")
 
 
 class _Connection(http.client.HTTPConnection):
@@ -120,6 +136,11 @@ class _Connection(http.client.HTTPConnection):
             sock.close()
             raise
         self.connected = True
+
+    def interrupt(self) -> None:
+        """Let the thread that waits for it go on, with an error."""
+        with suppress(OSError, AttributeError):  # it may not be connected yet, or not any more
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def _secured(self, sock: socket.socket) -> ssl.SSLSocket:
         assert self._context is not None

@@ -126,14 +126,16 @@ def in_order(
     over = False
     window: deque[Future[list[Answer]]] = deque()
     pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="millibert")
+    batches = _Source(_batches(texts, options.batch_size))
     try:
         with _bar(texts, options) as bar:
-            for batch in _batches(texts, options.batch_size):
+            for batch in batches:
                 window.append(pool.submit(work, batch, lambda: over))
                 if len(window) >= 2 * options.concurrency or window[0].done():
                     yield from _counted(window.popleft().result(), bar)
             while window:
                 yield from _counted(window.popleft().result(), bar)
+            batches.check()
     finally:
         over = True
         pool.shutdown(wait=False, cancel_futures=True)
@@ -148,6 +150,7 @@ async def in_order_async(
     assert options.batch_size is not None
     window: deque[asyncio.Task[list[Answer]]] = deque()
     slots = asyncio.Semaphore(options.concurrency)
+    batches = _Source(_batches_async(texts, options.batch_size))
 
     async def one(batch: list[object]) -> list[Answer]:
         async with slots:
@@ -155,7 +158,7 @@ async def in_order_async(
 
     try:
         with _bar(texts, options) as bar:
-            async for batch in _batches_async(texts, options.batch_size):
+            async for batch in batches:
                 window.append(asyncio.create_task(one(batch)))
                 if len(window) >= 2 * options.concurrency or window[0].done():
                     for answer in _counted(await window.popleft(), bar):
@@ -163,10 +166,37 @@ async def in_order_async(
             while window:
                 for answer in _counted(await window.popleft(), bar):
                     yield answer
+            batches.check()
     finally:
         for task in window:
             task.cancel()
         await asyncio.gather(*window, return_exceptions=True)
+
+
+class _Source:
+    """Batches up to the first error of the iterator that they are from: what came before it is still answered."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self._error: Exception | None = None
+
+    def check(self) -> None:
+        """Raise that error."""
+        if self._error is not None:
+            raise self._error
+
+    def __iter__(self) -> Iterator[list[object]]:
+        try:
+            yield from self._batches
+        except Exception as error:
+            self._error = error
+
+    async def __aiter__(self) -> AsyncIterator[list[object]]:
+        try:
+            async for batch in self._batches:
+                yield batch
+        except Exception as error:
+            self._error = error
 
 
 def _counted(answers: list[Answer], bar: tqdm[Any]) -> Iterator[Answer]:
@@ -181,8 +211,19 @@ def _bar(texts: object, options: ManyOptions) -> tqdm[Any]:
 
 
 def _batches(texts: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(texts)
-    while batch := list(itertools.islice(iterator, size)):
+    """Lists of `size`, the last one shorter; also the one that an error ends."""
+    batch: list[T] = []
+    try:
+        for text in texts:
+            batch.append(text)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
         yield batch
 
 
@@ -192,10 +233,15 @@ async def _batches_async(texts: Iterable[T] | AsyncIterable[T], size: int) -> As
             yield batch
         return
     batch = []
-    async for text in texts:
-        batch.append(text)
-        if len(batch) == size:
+    try:
+        async for text in texts:
+            batch.append(text)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
             yield batch
-            batch = []
+        raise
     if batch:
         yield batch
