@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -330,9 +329,12 @@ def test_what_came_before_a_failing_source_is_answered(client: Any) -> None:
         raise OSError("the disk is gone")
 
     found: list[str] = []
-    answers = (found.append(answer.text) for answer in client.classify_many(source(), batch_size=4))
+
+    def collect() -> None:
+        found.extend(answer.text for answer in client.classify_many(source(), batch_size=4))
+
     with pytest.raises(OSError, match="the disk is gone"):
-        deque(answers, maxlen=0)
+        collect()
     assert found == [f"hello {number}" for number in range(21)]
 
 
