@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 SCENARIO := build/scenarios/customer_service.toml
 REPOSITORY := model_repository
 
-.PHONY: demo build serve bench bench-peers bench-overload bench-soak test lint format clean help
+.PHONY: demo build serve bench bench-peers bench-overload bench-soak bench-clients test lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-peers     the same model in Infinity, LitServe and FastAPI, in one run (CHECKPOINT=...)"
 	@echo "make bench-overload  twice the capacity for a minute: who is answered, how fast, and what follows"
 	@echo "make bench-soak      200,000 requests: does memory stay flat"
+	@echo "make bench-clients   our clients against tritonclient by hand, classify_many against perf_analyzer"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the environment, checkpoints and the built repository"
@@ -56,6 +57,9 @@ bench-overload: $(INSTALLED) $(REPOSITORY)/release.json
 
 bench-soak: $(INSTALLED) $(REPOSITORY)/release.json
 	@$(BIN)/python -m load.soak $(MEASURED) $(BENCH)
+
+bench-clients: $(INSTALLED) $(REPOSITORY)/release.json
+	@$(BIN)/python -m load.bench_clients $(MEASURED) $(BENCH)
 
 test: $(INSTALLED)
 	@$(BIN)/pytest

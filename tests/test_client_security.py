@@ -302,11 +302,16 @@ def test_what_a_callback_raises_is_its_callers(form: str) -> None:
         (no_token, PermissionError, "vault is sealed"),
         (lambda: "line\nbreak", millibert.UsageError, "'authorization' must be printable"),
     ]
+    calls: list[millibert.Call] = []
     with Recorder(protocol(form)).serve() as server:
         for token, kind, reason in wrong:
-            with open_client(form, server.url, "m", token=token) as client, pytest.raises(kind, match=reason):
+            with (
+                open_client(form, server.url, "m", token=token, on_call=calls.append) as client,
+                pytest.raises(kind, match=reason),
+            ):
                 client.classify("a")
         assert server.asked == []
+    assert [(call.outcome, call.error) for call in calls] == [("PermissionError", None), ("UsageError", None)]
 
 
 def test_a_coroutine_for_a_client_of_threads() -> None:

@@ -24,7 +24,7 @@ from google.protobuf import json_format
 from tritonclient.grpc import service_pb2
 
 import millibert
-from millibert._calls import ClientOptions
+from millibert._asking import ClientOptions
 from millibert._codec import error_class
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from millibert._address import parse_target
-from millibert._calls import DEFAULT_TIMEOUT, ClientOptions
+from millibert._asking import DEFAULT_TIMEOUT, ClientOptions
 from millibert._client import Client
 from millibert._connect import connect
 from millibert._errors import UsageError

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, overload
 
-from millibert._calls import Calls, Effect, Pause, Resolve, Send, Steps
+from millibert._asking import Effect, Pause, Resolve, Send, Steps
+from millibert._calls import Calls
 from millibert._endpoints import Endpoint
 from millibert._errors import InvalidRequest
 from millibert._many import (
@@ -177,7 +178,7 @@ class AsyncClient(Calls):
             while True:
                 try:
                     outcome = await self._perform(effect)
-                except (AttemptFailed, OSError) as failure:
+                except BaseException as failure:  # the call's to judge, and to tell its hook
                     effect = steps.throw(failure)
                 else:
                     effect = steps.send(outcome)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, overload
 
-from millibert._calls import Calls, Effect, Pause, Resolve, Send, Steps
+from millibert._asking import Effect, Pause, Resolve, Send, Steps
+from millibert._calls import Calls
 from millibert._endpoints import Endpoint
 from millibert._errors import InvalidRequest, UsageError
 from millibert._many import (
@@ -46,7 +47,7 @@ class Sender(Protocol):
 class Client(Calls):
     """A service, called from threads; `connect` makes the right one for a url. Safe to share between threads.
 
-    Usable as a context manager, and after a fork. See `Calls` for the arguments. Every failed call raises a
+    Usable as a context manager, and after a fork. See `Asking` for the arguments. Every failed call raises a
     `ServiceError`.
     """
 
@@ -188,7 +189,7 @@ class Client(Calls):
             while True:
                 try:
                     outcome = self._perform(effect)
-                except (AttemptFailed, OSError) as failure:
+                except BaseException as failure:  # the call's to judge, and to tell its hook
                     effect = steps.throw(failure)
                 else:
                     effect = steps.send(outcome)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from millibert._address import parse_target
+from millibert._asking import DEFAULT_TIMEOUT, ClientOptions
 from millibert._async_client import AsyncClient
-from millibert._calls import DEFAULT_TIMEOUT, ClientOptions
 from millibert._client import Client
 
 
@@ -16,8 +16,8 @@ def connect(
 ) -> Client:
     """Make the client that the url's scheme asks for: `grpc://host:8001`, `http://host:8000`, `grpcs://` or `https://`.
 
-    Takes whatever the clients take, see `Calls`; raises `UsageError` for any other url. Nothing is sent yet: see
-    `Client.ready`.
+    Takes whatever the clients take, see `ClientOptions`; raises `UsageError` for any other url. Nothing is sent yet:
+    see `Client.ready`.
     """
     if parse_target(url).addresses[0].protocol == "grpc":
         from millibert._grpc import GrpcClient

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self, Unpack
 
-from millibert._calls import DEFAULT_TIMEOUT, ClientOptions
+from millibert._asking import DEFAULT_TIMEOUT, ClientOptions
 from millibert._connect import connect
 from millibert._types import Prediction
 

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
-from millibert._calls import Calls, Pause, Steps
+from millibert._asking import Pause, Steps
+from millibert._calls import Calls
 from millibert._codec import CodecError, check_text
 from millibert._errors import Busy, InvalidRequest, ServerFault, Timeout, Unavailable, UsageError
 from millibert._retry import Retry

@@ -121,5 +121,6 @@ class Call:
     attempts: int
     seconds: float
     outcome: str
-    """`answered`, `cancelled`, or the name of the error's class."""
+    """`answered`, `cancelled`, or the name of what was raised."""
     error: ServiceError | None
+    """Where it was one."""
