@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,6 +252,25 @@ def test_the_key_of_a_restricted_api(form: str, authority: Authority, server: Tr
                 client.statistics()
             assert "wrong-secret" not in str(refused.value)
             assert refused.value.attempts == 1
+
+
+@pytest.mark.e2e
+def test_the_serve_command_passes_options_on_to_triton(triton: Any) -> None:
+    with triton(REPOSITORY, "--", "--grpc-restricted-protocol=statistics:admin-key=hush") as running:
+        with (
+            millibert.connect(running.grpc_url, "echo") as client,
+            pytest.raises(millibert.InvalidRequest, match="restricted"),
+        ):
+            client.statistics()
+        with millibert.connect(running.grpc_url, "echo", restricted={"admin-key": "hush"}) as client:
+            assert "echo" in client.statistics()
+
+
+def test_what_is_no_option_of_triton_is_refused() -> None:
+    command = [sys.executable, "-m", "millibert.cli", "serve", "--repository", "x", "grpc-use-ssl=true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "options of tritonserver are written --NAME=VALUE, not grpc-use-ssl=true" in done.stderr
 
 
 # Files that cannot be used

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib.metadata
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +77,12 @@ def test_light_import(statement: str, absent: list[str]) -> None:
 def test_each_protocol_without_the_other_installed(absent: str, url: str) -> None:
     # None in sys.modules makes an import fail as that of a package that is not installed.
     print(python(f"import sys; sys.modules[{absent!r}] = None; import millibert; millibert.connect({url!r}, 'm')"))
+
+
+def test_the_base_install_is_what_the_protocols_need() -> None:
+    base = [each for each in importlib.metadata.requires("millibert") or [] if "extra ==" not in each]
+    assert sorted(re.split(r"[^\w-]", each)[0] for each in base) == ["numpy", "tqdm", "tritonclient"]
+    assert any(each.startswith("tritonclient[grpc,http]") for each in base)
 
 
 def test_errors_survive_pickling() -> None:

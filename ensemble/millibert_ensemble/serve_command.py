@@ -9,6 +9,8 @@ Exit status: 0 after a drained stop, 1 otherwise.
 
     millibert serve --repository model_repository
     millibert serve --http-port 0 --grpc-port 0 --metrics-port 0 --json      # for scripts
+    millibert serve --repository model_repository -- --grpc-use-ssl=true --grpc-server-cert=server.pem \
+        --grpc-server-key=server.key                                         # tritonserver's own options
 """
 
 from __future__ import annotations
@@ -62,13 +64,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="auto: the TensorRT plan where the release has one that fits this machine, else the CPU engine",
     )
     parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
+    parser.add_argument(
+        "triton_options", nargs="*", metavar="OPTION", help="after `--`: options of tritonserver itself, --NAME=VALUE"
+    )
+    parser.set_defaults(wrong_usage=parser.error)
     parser.add_argument("--verbose", action="store_true", help="let Triton log what it loads")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop; returns the exit status."""
+    if strays := [option for option in args.triton_options if not option.startswith("--")]:
+        args.wrong_usage(f"options of tritonserver are written --NAME=VALUE, not {' '.join(strays)}")
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
-    options = _engine_options(args.repository, args.engine)
+    options = [*_engine_options(args.repository, args.engine), *args.triton_options]
     server = TritonServer(args.repository, host=args.host, ports=ports, verbose=args.verbose, options=options)
     _report(f"starting Triton on {server.repository}")
     if not has_gpu():
