@@ -22,7 +22,6 @@ exit status: 0 measured, 1 a request failed, 2 wrong usage
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ import numpy as np
 from load import report
 from load.cases import Bench, Case, as_json, run_cases
 from load.ceiling import Ceiling, load_tokenizer, measure_ceiling
+from load.command import run_command
 from load.machine import describe_machine
 from load.mixes import MIXES, make_mix
 from load.released import add_release
@@ -42,7 +42,7 @@ from load.twins import write_cached_twin, write_padded_twin
 from millibert import _perf_analyzer as perf_analyzer
 from millibert import connect
 from millibert._arguments import positive_float, positive_int
-from millibert._errors import MillibertError, UsageError
+from millibert._errors import UsageError
 from millibert._labelled_texts import LabelledText, read_labelled_texts
 from millibert_build.fuse import fuse
 from millibert_ensemble.server import TritonServer
@@ -65,25 +65,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive_float, default=5.0, metavar="N", help="of each run")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="runs of each case")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput against latency there (.svg)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configure(parser)
-    args = parser.parse_args(argv)
-    try:
-        found = run(args)
-        if args.plot is not None:
-            report.write_plot(args.plot, found)
-    except MillibertError as error:
-        print(f"load: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found) if args.json else report.table(found))
-    return 0
+    return run_command("load", __doc__, configure, _run_and_plot, report.table, argv)
+
+
+def _run_and_plot(args: argparse.Namespace) -> dict[str, Any]:
+    found = run(args)
+    if args.plot is not None:
+        report.write_plot(args.plot, found)
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

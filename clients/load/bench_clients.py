@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 import millibert
+from load.command import run_command
 from load.machine import describe_machine
 from load.released import add_release
 from millibert import MillibertError
@@ -59,23 +59,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="of these (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
     parser.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m load.bench_clients", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configure(parser)
-    args = parser.parse_args(argv)
-    try:
-        found = run(args)
-    except MillibertError as error:
-        print(f"load.bench_clients: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found) if args.json else table(found))
-    return 0
+    return run_command("load.bench_clients", __doc__, configure, run, table, argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

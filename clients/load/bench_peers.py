@@ -15,7 +15,6 @@ exit status: 0 measured, 1 a server or a request failed, 2 wrong usage
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from load.command import run_command
 from load.generator import Load, measure
 from load.machine import describe_machine
 from load.peers import PEERS, Peer, classify, environments, running
@@ -34,7 +34,6 @@ from load.transports import Request, Requests, triton_requests
 from load.twins import write_fp32_twin
 from millibert import connect
 from millibert._arguments import positive_float, positive_int
-from millibert._errors import MillibertError
 from millibert._labelled_texts import read_labelled_texts
 from millibert_build.fuse import fuse
 from millibert_ensemble import contract
@@ -69,23 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive_float, default=8.0, metavar="N", help="of each run")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="runs of each case")
     parser.add_argument("--peers", choices=[peer.name for peer in PEERS], nargs="*", help="default: all")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m load.bench_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configure(parser)
-    args = parser.parse_args(argv)
-    try:
-        found = run(args)
-    except MillibertError as error:
-        print(f"load.bench_peers: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found) if args.json else table(found))
-    return 0
+    return run_command("load.bench_peers", __doc__, configure, run, table, argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,19 +14,18 @@ exit status: 0 all held, 1 something did not (FAIL), or a request failed otherwi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from typing import Any
 
 import numpy as np
 
+from load.command import run_command
 from load.generator import Answers, Load, Phase, measure, send
 from load.machine import describe_machine
 from load.released import add_release, memory_mib
 from load.transports import BUSY, triton_requests
 from millibert._arguments import positive_float
-from millibert._errors import MillibertError
 from millibert._labelled_texts import read_labelled_texts
 from millibert_ensemble.server import TritonServer
 
@@ -47,23 +46,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=positive_float, default=60.0, metavar="N", help="at twice the capacity")
     parser.add_argument("--usual-seconds", type=positive_float, default=20.0, metavar="N", help="before and after")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m load.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configure(parser)
-    args = parser.parse_args(argv)
-    try:
-        found = run(args)
-    except MillibertError as error:
-        print(f"load.overload: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found) if args.json else table(found))
-    return 0 if all(verdict["held"] for verdict in found["verdicts"]) else 1
+    return run_command("load.overload", __doc__, configure, run, table, argv, _held)
+
+
+def _held(found: dict[str, Any]) -> bool:
+    return all(verdict["held"] for verdict in found["verdicts"])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,19 +13,18 @@ exit status: 0 flat, 1 it grew or a request failed, 2 wrong usage
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 import millibert
+from load.command import run_command
 from load.generator import Load, measure
 from load.machine import describe_machine
 from load.released import add_release, memory_mib
 from load.transports import triton_requests
 from millibert._arguments import positive_float, positive_int
-from millibert._errors import MillibertError
 from millibert._labelled_texts import read_labelled_texts
 from millibert_ensemble.server import TritonServer
 
@@ -39,23 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_release(parser)
     parser.add_argument("--requests", type=positive_int, default=200_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--growth", type=positive_float, default=0.05, metavar="SHARE", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Send and look; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m load.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configure(parser)
-    args = parser.parse_args(argv)
-    try:
-        found = run(args)
-    except MillibertError as error:
-        print(f"load.soak: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found) if args.json else table(found))
-    return 0 if found["flat"] else 1
+    return run_command("load.soak", __doc__, configure, run, table, argv, lambda found: bool(found["flat"]))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
