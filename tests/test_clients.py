@@ -351,13 +351,13 @@ def test_closing_ends_the_calls_of_other_threads(server: RunningServer) -> None:
     for url in (server.grpc_url, server.http_url):
         client = millibert.connect(url, MODEL)
         with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(client.classify, "sleep 1.5")
+            slow = pool.submit(client.classify, "sleep 3")
             time.sleep(0.3)
             start = time.monotonic()
             client.close()
             with pytest.raises(millibert.InvalidRequest, match="this client is closed"):
                 slow.result()
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < 2
 
 
 @pytest.mark.e2e
