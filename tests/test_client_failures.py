@@ -319,6 +319,15 @@ def test_all_addresses_of_a_name_are_used(form: str, port: int, monkeypatch: pyt
                 assert three.connections
 
 
+def test_a_look_up_that_hangs_ends_with_the_deadline(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    with open_client(form, f"{protocol(form)}+dns://slow.test", "m") as client:
+        start = time.monotonic()
+        with pytest.raises(millibert.Timeout, match=r"no answer within 0\.3 s"):
+            client.classify("a", timeout=0.3)
+        assert time.monotonic() - start < 2
+
+
 # HTTP's own
 
 

@@ -60,6 +60,7 @@ class Resolve(NamedTuple):
 
     host: str
     port: int
+    seconds: float
 
 
 class Pause(NamedTuple):
@@ -228,11 +229,13 @@ class Asking:
             found: list[tuple[Address, str]] = []
             for name in names:
                 with suppress(OSError):
-                    hosts = yield Resolve(name.host, name.port)
+                    hosts = yield Resolve(name.host, name.port, max(0.0, question.left()))
                     found += [(name._replace(host=host), name.host) for host in hosts]
             if found:
                 self._endpoints.resolved(found)
         endpoint = self._endpoints.choose(tried)
+        if endpoint is None and question.left() <= 0:
+            raise self._error(Timeout, _too_late(question), question)
         if endpoint is None:
             raise self._error(Unavailable, "cannot reach the server: the host name is not known", question)
         return endpoint

@@ -196,7 +196,8 @@ class AsyncClient(Calls):
             return await asyncio.sleep(effect.seconds)
         assert isinstance(effect, Resolve)
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(effect.host, effect.port, type=socket.SOCK_STREAM)
+        async with asyncio.timeout(effect.seconds):
+            found = await loop.getaddrinfo(effect.host, effect.port, type=socket.SOCK_STREAM)
         return [str(address[4][0]) for address in found]
 
     def _open_sender(self) -> AsyncSender:

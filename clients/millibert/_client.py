@@ -7,6 +7,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, overload
 
@@ -205,8 +206,7 @@ class Client(Calls):
         if isinstance(effect, Pause):
             return time.sleep(effect.seconds)
         assert isinstance(effect, Resolve)
-        found = socket.getaddrinfo(effect.host, effect.port, type=socket.SOCK_STREAM)
-        return [str(address[4][0]) for address in found]
+        return _resolved(effect)
 
     def _open_sender(self) -> Sender:
         sender = self._sender
@@ -227,6 +227,17 @@ class Client(Calls):
         if given.token is not None:
             headers |= check_headers({"authorization": f"Bearer {_called(given.token)}"})
         return headers | trace_headers()
+
+
+def _resolved(effect: Resolve) -> list[str]:
+    """The addresses of a name; raises `OSError`, which a timeout is too."""
+    # In a thread, since the system's look-up knows no deadline.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="millibert-dns")
+    try:
+        look_up = pool.submit(socket.getaddrinfo, effect.host, effect.port, type=socket.SOCK_STREAM)
+        return [str(address[4][0]) for address in look_up.result(effect.seconds)]
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _called(source: HeaderSource | TokenSource) -> Any:
