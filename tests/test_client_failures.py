@@ -98,6 +98,13 @@ def test_the_deadline_counts_over_all_attempts(form: str) -> None:
         assert caught.value.attempts > 3
 
 
+def test_waiting_for_a_server_ends_in_time(form: str) -> None:
+    with open_client(form, url_of(form, unused_port()), "m") as client:
+        for seconds in (0.001, 0.2, 0.21, 0.41):
+            with pytest.raises(millibert.Timeout, match=rf"not ready within {seconds} s"):
+                client.wait_until_ready(seconds)
+
+
 # A connection that breaks
 
 

@@ -86,10 +86,11 @@ class Calls(Asking):
 
     def _wait_until_ready(self, timeout: float) -> Steps[None]:
         with self._asking("wait_until_ready", timeout) as question:
-            while not (yield from self._is_ready(question.left())):
-                if question.left() <= _READY_AGAIN_SECONDS:
-                    raise self._error(Timeout, f"not ready within {question.seconds:g} s", question)
-                yield Pause(_READY_AGAIN_SECONDS)
+            while (left := question.left()) > 0:
+                if (yield from self._is_ready(left)):
+                    return
+                yield Pause(min(_READY_AGAIN_SECONDS, max(0.0, question.left())))
+            raise self._error(Timeout, f"not ready within {question.seconds:g} s", question)
 
     def _config(self, timeout: float | None) -> Steps[Config]:
         return self._document("config", self.protocol.config(self.model), read_config, timeout)

@@ -127,16 +127,16 @@ def in_order(
     over = False
     window: deque[Future[list[Answer]]] = deque()
     pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="millibert")
-    batches = _Source(_batches(texts, options.batch_size))
+    source = _Source(texts)
     try:
         with _bar(texts, options) as bar:
-            for batch in batches:
+            for batch in _batches(source, options.batch_size):
                 window.append(pool.submit(work, batch, lambda: over))
                 if len(window) >= 2 * options.concurrency or window[0].done():
                     yield from _counted(window.popleft().result(), bar)
             while window:
                 yield from _counted(window.popleft().result(), bar)
-            batches.check()
+            source.check()
     finally:
         over = True
         pool.shutdown(wait=False, cancel_futures=True)
@@ -151,7 +151,7 @@ async def in_order_async(
     assert options.batch_size is not None
     window: deque[asyncio.Task[list[Answer]]] = deque()
     slots = asyncio.Semaphore(options.concurrency)
-    batches = _Source(_batches_async(texts, options.batch_size))
+    source = _Source(texts)
 
     async def one(batch: list[object]) -> list[Answer]:
         async with slots:
@@ -159,7 +159,7 @@ async def in_order_async(
 
     try:
         with _bar(texts, options) as bar:
-            async for batch in batches:
+            async for batch in _batches_async(source, options.batch_size):
                 window.append(asyncio.create_task(one(batch)))
                 if len(window) >= 2 * options.concurrency or window[0].done():
                     for answer in _counted(await window.popleft(), bar):
@@ -167,7 +167,7 @@ async def in_order_async(
             while window:
                 for answer in _counted(await window.popleft(), bar):
                     yield answer
-            batches.check()
+            source.check()
     finally:
         for task in window:
             task.cancel()
@@ -175,10 +175,10 @@ async def in_order_async(
 
 
 class _Source:
-    """Batches up to the first error of the iterator that they are from: what came before it is still answered."""
+    """Texts up to the first error of the iterator that they are from: what came before it is still answered."""
 
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
+    def __init__(self, texts: Any) -> None:
+        self._texts = texts
         self._error: Exception | None = None
 
     def check(self) -> None:
@@ -186,16 +186,20 @@ class _Source:
         if self._error is not None:
             raise self._error
 
-    def __iter__(self) -> Iterator[list[object]]:
+    def __iter__(self) -> Iterator[object]:
         try:
-            yield from self._batches
+            yield from self._texts
         except Exception as error:
             self._error = error
 
-    async def __aiter__(self) -> AsyncIterator[list[object]]:
+    async def __aiter__(self) -> AsyncIterator[object]:
         try:
-            async for batch in self._batches:
-                yield batch
+            if isinstance(self._texts, AsyncIterable):
+                async for text in self._texts:
+                    yield text
+            else:
+                for text in self._texts:
+                    yield text
         except Exception as error:
             self._error = error
 
@@ -212,37 +216,18 @@ def _bar(texts: object, options: ManyOptions) -> tqdm[Any]:
 
 
 def _batches(texts: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size`, the last one shorter; also the one that an error ends."""
-    batch: list[T] = []
-    try:
-        for text in texts:
-            batch.append(text)
-            if len(batch) == size:
-                yield batch
-                batch = []
-    except Exception:
-        if batch:
-            yield batch
-        raise
-    if batch:
+    """Lists of `size`, the last one shorter."""
+    iterator = iter(texts)
+    while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
-async def _batches_async(texts: Iterable[T] | AsyncIterable[T], size: int) -> AsyncIterator[list[T]]:
-    if not isinstance(texts, AsyncIterable):
-        for batch in _batches(texts, size):
+async def _batches_async(texts: AsyncIterable[T], size: int) -> AsyncIterator[list[T]]:
+    batch: list[T] = []
+    async for text in texts:
+        batch.append(text)
+        if len(batch) == size:
             yield batch
-        return
-    batch = []
-    try:
-        async for text in texts:
-            batch.append(text)
-            if len(batch) == size:
-                yield batch
-                batch = []
-    except Exception:
-        if batch:
-            yield batch
-        raise
+            batch = []
     if batch:
         yield batch
