@@ -56,7 +56,7 @@ def test_what_is_copied_is_there_and_not_ignored(path):
 
 def test_packages_are_those_that_the_tests_run_with():
     pins = dict(line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().split() if "==" in line)
-    for name in ("NUMPY", "TOKENIZERS", "OPENVINO", "ONNXRUNTIME", "ONNX", "POLYGRAPHY"):
+    for name in ("NUMPY", "TOKENIZERS", "OPENVINO", "ONNXRUNTIME", "ONNX", "POLYGRAPHY", "PROMETHEUS_CLIENT", "PSUTIL"):
         assert VERSIONS[name] == pins[name.lower()], name
 
 

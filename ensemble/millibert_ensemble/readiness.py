@@ -54,17 +54,21 @@ def is_loaded(host: str, port: int) -> bool:
 
 def prove(host: str, port: int, names: Sequence[str]) -> None:
     """Send a text through each service; ServerFault with Triton's reason when one does not answer."""
-    tensor = contract.TEXT
-    text = {"name": tensor.name, "datatype": tensor.datatype, "shape": [1, *tensor.shape], "data": [_PROOF]}
-    request = json.dumps({"inputs": [text]})
     for name in names:
         try:
-            status, body = _ask(host, port, "POST", f"/v2/models/{name}/infer", request)
+            status, body = ask_service(host, port, name, _ANSWER_SECONDS)
         except (OSError, http.client.HTTPException) as error:
             status, body = 0, str(error) or type(error).__name__
         if status != http.client.OK:
             reason = f"it is loaded but does not answer: {body}"
             raise ServerFault(reason, endpoint=f"http://{host}:{port}", model=name)
+
+
+def ask_service(host: str, port: int, name: str, seconds: float) -> tuple[int, str]:
+    """Send a text through a service: HTTP status and body, or TimeoutError, another OSError or an HTTPException."""
+    tensor = contract.TEXT
+    text = {"name": tensor.name, "datatype": tensor.datatype, "shape": [1, *tensor.shape], "data": [_PROOF]}
+    return _ask(host, port, "POST", f"/v2/models/{name}/infer", json.dumps({"inputs": [text]}), seconds)
 
 
 def _parse(path: Path) -> model_config_pb2.ModelConfig:
@@ -80,8 +84,11 @@ def _classifies(config: model_config_pb2.ModelConfig) -> bool:
     return taken == expected and contract.LABEL.name in [tensor.name for tensor in config.output]
 
 
-def _ask(host: str, port: int, method: str, path: str, body: str | None = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_SECONDS)
+def _ask(
+    host: str, port: int, method: str, path: str, body: str | None = None, seconds: float = _ANSWER_SECONDS
+) -> tuple[int, str]:
+    # A connection of its own, closed at once: idle ones would hold up the server's drain.
+    connection = http.client.HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request(method, path, body)
         response = connection.getresponse()

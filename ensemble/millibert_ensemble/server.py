@@ -23,7 +23,7 @@ from millibert_ensemble import installation, processes, readiness, workspace
 from millibert_ensemble.ports import ANY_PORTS, EVERYWHERE, LOCALHOST, Ports, reserve
 from millibert_ensemble.processes import Stub
 
-# How long tritonserver lets requests in flight finish after SIGTERM.
+# How long tritonserver lets requests in flight finish after SIGTERM, unless it is told otherwise.
 DRAIN_SECONDS = 30
 # Compiling a large model for this machine takes minutes at worst.
 START_SECONDS = 600.0
@@ -36,9 +36,9 @@ class TritonServer:
     """One tritonserver process on one model repository, with its private workspace.
 
     `start` and `stop` may alternate; the ports stay the same. The server is killed when the thread that
-    started it ends. `host` is the address to listen on; `options` are more arguments of
-    tritonserver. Raises UsageError for a repository without a service, a port that is taken and a machine
-    without a usable tritonserver.
+    started it ends. `host` is the address to listen on; `options` are more arguments of tritonserver;
+    `drain_seconds` is how long it lets requests in flight finish. Raises UsageError for a repository without a
+    service, a port that is taken and a machine without a usable tritonserver.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class TritonServer:
         ports: Ports = ANY_PORTS,
         verbose: bool = False,
         options: Sequence[str] = (),
+        drain_seconds: int = DRAIN_SECONDS,
     ) -> None:
         self.repository = repository.resolve()
         self.services = readiness.services(self.repository)
@@ -56,6 +57,7 @@ class TritonServer:
         self.host, self.ports = reserve(host, ports)
         self.verbose = verbose
         self.options = options
+        self.drain_seconds = drain_seconds
         self._workspace: workspace.Workspace | None = None
         self._installation: installation.Installation | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,17 +65,22 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """`grpc://HOST:PORT`."""
-        return f"grpc://{self._reachable}:{self.ports.grpc}"
+        return f"grpc://{self.reachable_host}:{self.ports.grpc}"
 
     @property
     def http_url(self) -> str:
         """`http://HOST:PORT`."""
-        return f"http://{self._reachable}:{self.ports.http}"
+        return f"http://{self.reachable_host}:{self.ports.http}"
 
     @property
     def metrics_url(self) -> str:
         """`http://HOST:PORT/metrics`, for Prometheus."""
-        return f"http://{self._reachable}:{self.ports.metrics}/metrics"
+        return f"http://{self.reachable_host}:{self.ports.metrics}/metrics"
+
+    @property
+    def reachable_host(self) -> str:
+        """The address at which this machine reaches it."""
+        return LOCALHOST if self.host == EVERYWHERE else self.host
 
     @property
     def pid(self) -> int:
@@ -119,22 +126,23 @@ class TritonServer:
         loaded service does not answer.
         """
         deadline = time.monotonic() + seconds
-        while not readiness.is_loaded(self._reachable, self.ports.http):
+        while not readiness.is_loaded(self.reachable_host, self.ports.http):
             if self.exit_status is not None:
                 raise self._unavailable(f"{self.obituary()} before it was ready; its log says why")
             if time.monotonic() > deadline:
                 reason = f"not ready within {seconds:.0f} s; its log says what it is loading"
                 raise Timeout(reason, endpoint=self.http_url, model=", ".join(self.services))
             time.sleep(_POLL_SECONDS)
-        readiness.prove(self._reachable, self.ports.http, self.services)
+        readiness.prove(self.reachable_host, self.ports.http, self.services)
 
     def drain(self) -> None:
         """Ask tritonserver to finish what it is answering and end; returns at once."""
         if self.exit_status is None:
             self._signal(signal.SIGTERM)
 
-    def stop(self, grace: float = DRAIN_SECONDS) -> None:
-        """Drain for at most `grace` seconds, then kill; removes the stubs and the shared memory."""
+    def stop(self, grace: float | None = None) -> None:
+        """Drain for at most `grace` seconds (`drain_seconds`), then kill; removes the stubs and the shared memory."""
+        grace = self.drain_seconds if grace is None else grace
         if self._process is not None:
             if grace > 0:
                 self.drain()
@@ -176,10 +184,6 @@ class TritonServer:
         self.stop()
         self.close()
 
-    @property
-    def _reachable(self) -> str:
-        return LOCALHOST if self.host == EVERYWHERE else self.host
-
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
@@ -203,7 +207,7 @@ class TritonServer:
             "--model-control-mode=none",
             "--exit-on-error=true",
             "--strict-readiness=true",
-            f"--exit-timeout-secs={DRAIN_SECONDS}",
+            f"--exit-timeout-secs={self.drain_seconds}",
             f"--log-info={str(self.verbose).lower()}",
             f"--backend-config=python,shm-region-prefix-name={self._workspace.region_prefix}",
             # By default a model has 30 s to initialise; compiling one may take longer.

@@ -21,27 +21,37 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
+from typing import NamedTuple
 
 from millibert._errors import Unavailable
 from millibert_ensemble import processes
-from millibert_ensemble.server import DRAIN_SECONDS, TritonServer
+from millibert_ensemble.health import Health, Phase
+from millibert_ensemble.server import TritonServer
 
 RELAPSE_SECONDS = 60.0
 # What still can be answered beside a dead stub is answered within this; a drain might hang on it.
 _GRACE_SECONDS = 2.0
-# tritonserver ends by itself after DRAIN_SECONDS; how much longer we believe that.
-_PATIENCE_SECONDS = 5.0
+# tritonserver ends by itself after its time to drain; how much longer we believe that.
+PATIENCE_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STOP = "stop"
 _SERVER = "tritonserver"
 
 
+class _Death(NamedTuple):
+    process: str
+    story: str
+
+
 class Supervisor:
     """Runs a server in the main thread until a signal or a second death ends it."""
 
-    def __init__(self, server: TritonServer, *, announce: Callable[[], None], report: Callable[[str], None]) -> None:
-        """`announce` is called once, when inference works; `report` says what happens in between."""
+    def __init__(
+        self, server: TritonServer, *, health: Health, announce: Callable[[], None], report: Callable[[str], None]
+    ) -> None:
+        """`announce` is called once, when inference works; `report` and `health` are told what happens in between."""
         self.server = server
+        self._health = health
         self._announce = announce
         self._report = report
         self._signals = _StopSignals()
@@ -66,10 +76,12 @@ class Supervisor:
         restarted = False
         while True:
             ready_at = time.monotonic()
-            casualty = self._watch()
-            if casualty is None:
+            self._health.enter(Phase.SERVING)
+            dead = self._watch()
+            if dead is None:
                 return self._drain()
-            lasted = time.monotonic() - ready_at
+            self._health.died(dead.process)
+            casualty, lasted = dead.story, time.monotonic() - ready_at
             self._report(f"{casualty}: taking the server down")
             self.server.stop(_GRACE_SECONDS)
             processes.reap()
@@ -99,30 +111,36 @@ class Supervisor:
             proof.result()
             return True
 
-    def _watch(self) -> str | None:
-        """Wait for a signal (None) or a death (who died)."""
+    def _watch(self) -> _Death | None:
+        """Wait for a signal (None) or a death."""
+        stubs = {f"stub {stub.pid}": stub for stub in self.server.stubs()}
+        self._health.watch([_SERVER, *(stub.model for stub in stubs.values())])
         with _Watch() as watch:
             watch.add(self._signals.fileno(), _STOP)
             watch.add_process(self.server.pid, _SERVER)
-            for stub in self.server.stubs():
-                watch.add_process(stub.pid, f"the process of the model {stub.model!r} (pid {stub.pid}) died")
+            for name, stub in stubs.items():
+                watch.add_process(stub.pid, name)
             event = watch.wait()
         if event == _STOP:
             return None
         # The stubs of a server that dies die too, and may be seen first.
-        return event if self.server.exit_status is None else self.server.obituary()
+        if event in stubs and self.server.exit_status is None:
+            stub = stubs[event]
+            return _Death(stub.model, f"the process of the model {stub.model!r} (pid {stub.pid}) died")
+        return _Death(_SERVER, self.server.obituary())
 
     def _drain(self) -> int:
         self._signals.clear()
+        self._health.enter(Phase.STOPPING)
         self._report("stopping: requests in flight are answered first; a second signal hurries")
         with _Watch() as watch:
             watch.add(self._signals.fileno(), _STOP)
             watch.add_process(self.server.pid, _SERVER)
             self.server.drain()
-            event = watch.wait(DRAIN_SECONDS + _PATIENCE_SECONDS)
+            event = watch.wait(self.server.drain_seconds + PATIENCE_SECONDS)
         if event == _SERVER and self.server.exit_status == 0:
             return 0
-        why = "hurried" if event == _STOP else f"connections were still open after {DRAIN_SECONDS} s"
+        why = "hurried" if event == _STOP else f"connections were still open after {self.server.drain_seconds} s"
         self._report(f"stopped without a full drain: {why}")
         return 1
 

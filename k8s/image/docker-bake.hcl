@@ -11,6 +11,8 @@ variable "NUMPY" { default = "1.26.4" }
 variable "TOKENIZERS" { default = "0.23.3" }
 variable "OPENVINO" { default = "2026.4.0" }
 variable "ONNXRUNTIME" { default = "1.32.0" }
+variable "PROMETHEUS_CLIENT" { default = "0.26.0" }
+variable "PSUTIL" { default = "7.2.2" }
 variable "ONNX" { default = "1.23.0" }
 variable "POLYGRAPHY" { default = "0.53.6" }
 variable "TAG" { default = "0.1.0" }
@@ -28,6 +30,8 @@ target "serve" {
     TOKENIZERS   = TOKENIZERS
     OPENVINO     = OPENVINO
     ONNXRUNTIME  = ONNXRUNTIME
+    PROMETHEUS_CLIENT = PROMETHEUS_CLIENT
+    PSUTIL            = PSUTIL
   }
 }
 

@@ -7,13 +7,15 @@ ARG NUMPY
 ARG TOKENIZERS
 ARG OPENVINO
 ARG ONNXRUNTIME
+ARG PROMETHEUS_CLIENT
+ARG PSUTIL
 COPY pyproject.toml README.md LICENSE /src/
 COPY clients/millibert /src/clients/millibert
 COPY build/millibert_build /src/build/millibert_build
 COPY ensemble/millibert_ensemble /src/ensemble/millibert_ensemble
 # millibert itself is for `millibert serve` and `millibert preflight`; the models do not import it.
 RUN pip install --no-cache-dir "numpy==${NUMPY}" "tokenizers==${TOKENIZERS}" "openvino==${OPENVINO}" \
-        "onnxruntime==${ONNXRUNTIME}" psutil /src \
+        "onnxruntime==${ONNXRUNTIME}" "prometheus-client==${PROMETHEUS_CLIENT}" "psutil==${PSUTIL}" /src \
     && rm -rf /src
 
 # The user that NVIDIA's image has for this.
