@@ -26,7 +26,7 @@ help:
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	@echo "installing into .venv (torch, transformers, OpenVINO, Triton: 2.2 GB, some minutes) …"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[build,serve,demo,dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[build,serve,load,demo,dev]'
 	@touch $@
 
 build: $(INSTALLED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -10,11 +12,16 @@ import pytest
 from tests.conftest import rewrite
 from tests.tensorrt_double import install, read_plan
 
-from millibert import cli
+from millibert import UsageError, cli
 from millibert_build.tensorrt import release_plan
+from millibert_build.tensorrt.plan import Recipe
+from millibert_build.tensorrt.release_plan import build_stored_plan
+from millibert_build.tensorrt.target import load_target
+from millibert_ensemble import plan_store
 from millibert_ensemble.hashing import file_sha256
-from millibert_ensemble.machine import Gpu
+from millibert_ensemble.machine import Gpu, Machine
 from millibert_ensemble.plan_manifest import load_plan_manifest
+from millibert_ensemble.preflight import preflight
 
 H100 = Gpu("NVIDIA H100", "9.0", 80 << 30, "580.1")
 
@@ -64,6 +71,90 @@ def test_options_reach_tensorrt(repository, bert, tensorrt):
     assert (header["workspace"], header["level"], header["hardware"]) == (64 << 20, 5, "AMPERE_PLUS")
     manifest = load_plan_manifest(bert / "plan.json")
     assert (manifest.hardware_compatibility, manifest.version_compatible, manifest.tf32) == ("ampere_plus", True, True)
+
+
+def test_into_a_store_the_release_stays_as_it_is(repository, bert, tensorrt, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in repository.rglob("*")}
+    store = tmp_path / "new" / "plans"
+    assert engine(repository, f"--plans={store}", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before
+    (key,) = plan_store.keys(store)
+    assert key.startswith("nvidia-h100-sm90-trt11.4.1-")
+    assert plan_store.holds(store, key)
+    assert (document["folder"], document["built"]) == (str(store / key), True)
+    header, graph = read_plan((store / key / "model.plan").read_bytes())
+    assert graph == (bert / "tensorrt.onnx").read_bytes()
+    # Kept there, as a Job's own home is not.
+    assert [path.name for path in (store / ".timing").iterdir()] == ["tensorrt-11.4.1.2-nvidia-h100.timing"]
+    assert len(header["profiles"]) == len(document["profiles"])
+
+
+def test_what_it_puts_into_a_store_is_what_preflight_looks_for(repository, tensorrt, tmp_path):
+    store = tmp_path / "plans"
+    assert engine(repository, f"--plans={store}") == 0
+    (key,) = plan_store.keys(store)
+    verdict = preflight(repository, Machine("11.4.1", (H100,)), store)
+    assert (verdict.answer, verdict.plan_folder, verdict.remarks) == ("usable", store / key, ())
+
+
+def test_a_plan_that_is_in_the_store_is_not_built_again(repository, tensorrt, tmp_path, capsys):
+    store = tmp_path / "plans"
+    assert engine(repository, f"--plans={store}") == 0
+    assert f"millibert preflight --repository {repository} --plans {store}" in capsys.readouterr().out
+    before = plan_store.state(store)
+    tensorrt.builds = False  # it would fail
+    assert engine(repository, f"--plans={store}") == 0
+    assert "there already, for NVIDIA H100, TensorRT 11.4.1" in capsys.readouterr().out
+    assert engine(repository, f"--plans={store}", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["built"] is False
+    assert plan_store.state(store) == before
+
+
+def test_a_damaged_plan_of_the_store_is_built_again(repository, tensorrt, tmp_path):
+    store = tmp_path / "plans"
+    assert engine(repository, f"--plans={store}") == 0
+    (key,) = plan_store.keys(store)
+    (store / key / "model.plan").write_bytes(b"half")
+    assert engine(repository, f"--plans={store}") == 0
+    assert plan_store.holds(store, key)
+
+
+def test_another_tensorrt_gpu_or_recipe_has_a_key_of_its_own(repository, monkeypatch, tmp_path):
+    store = tmp_path / "plans"
+    for version, gpu, options in (
+        ("11.4.1.2", H100, ()),
+        ("11.5.0.1", H100, ()),
+        ("11.4.1.2", dataclasses.replace(H100, name="NVIDIA L4", compute_capability="8.9"), ()),
+        ("11.4.1.2", H100, ("--optimization-level=5",)),
+    ):
+        install(monkeypatch, version)
+        monkeypatch.setattr(release_plan, "gpus", lambda gpu=gpu: (gpu,))
+        assert engine(repository, f"--plans={store}", *options) == 0
+    starts = [key.rpartition("-")[0] for key in plan_store.keys(store)]
+    assert starts == [
+        *["nvidia-h100-sm90-trt11.4.1"] * 2,
+        "nvidia-h100-sm90-trt11.5.0",
+        "nvidia-l4-sm89-trt11.4.1",
+    ]
+
+
+def test_a_failed_build_leaves_the_store_as_it_was(repository, tensorrt, tmp_path, capsys):
+    store = tmp_path / "plans"
+    assert engine(repository, f"--plans={store}") == 0
+    before = plan_store.state(store)
+    tensorrt.builds = False
+    assert engine(repository, f"--plans={store}", "--tf32") == 1
+    assert "TensorRT built no plan" in capsys.readouterr().err
+    assert plan_store.state(store) == before
+    assert [path.name for path in store.iterdir() if path.name.startswith(".")] == [plan_store.TIMING]
+
+
+def test_a_store_that_cannot_be_written_to_is_noticed_before_the_build(repository, tensorrt, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UsageError, match="cannot be written to"):
+        build_stored_plan(repository, load_target(repository), Recipe(), tmp_path / "plans")
+    assert tensorrt.caches == []
 
 
 def test_2_4_weights_ask_for_sparse_kernels(repository, bert, tensorrt):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -98,10 +97,9 @@ def test_what_a_kill_while_publishing_leaves_is_swept_by_the_next_build_and_only
     out = tmp_path / "out"
     dead = subprocess.run([sys.executable, "-c", script, str(out)], check=False)
     assert dead.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left.name.endswith(".new")
+    assert sorted(left.suffix for left in tmp_path.iterdir()) == [".lock", ".new"]
     with replacing(out) as mine:
-        assert os.listdir(tmp_path) == [mine.name]  # swept
+        assert sorted(tmp_path.iterdir()) == [mine.with_suffix(".lock"), mine]  # swept
         with replacing(out) as other:
             assert mine.is_dir()  # alive
             (other / "release.json").write_text("other")

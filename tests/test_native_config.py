@@ -91,6 +91,7 @@ def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
     out = tmp_path / "repository"
     options = ["--set", "serving.max_queue_delay_microseconds=700"]
     options += ["--set", "serving.queue_timeout_microseconds=300000", "--set", "serving.cache_texts=50"]
+    options += ["--set", "serving.cpu_fallback=false"]
     done = release.build(out, None, "--precision", "fp32", "--tensorrt", "bf16", *options)
     assert done.returncode == 0, done.stderr
     for config in [*out.glob("*/config.pbtxt"), *out.glob("*/configs/*.pbtxt")]:
@@ -102,7 +103,9 @@ def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
             assert not batching.HasField("default_queue_policy")
     assert parse_config(out / "tokenizer" / "config.pbtxt").parameters["queue_timeout_us"].string_value == "300000"
     assert parse_config(out / "bert" / "config.pbtxt").parameters["cache_texts"].string_value == "50"
-    section = json.loads((out / "release.json").read_text())["tensorrt"]
+    manifest = json.loads((out / "release.json").read_text())
+    section = manifest["tensorrt"]
+    assert manifest["cpu_fallback"] is False
     assert (section["precision"], section["layout"]) == ("bf16", "packed")
     assert section["test"]["agreement"] >= 0.99
     stage = json.loads((release.work / "report.json").read_text())["stages"][-1]

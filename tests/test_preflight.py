@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,12 +16,11 @@ from typing import Any
 import pytest
 from tests.conftest import rewrite
 
-from millibert import cli
+from millibert import UsageError, cli
 from millibert_ensemble import machine, preflight_command, serve_command
-from millibert_ensemble.hashing import file_sha256
 from millibert_ensemble.machine import Gpu, Machine
 from millibert_ensemble.plan_manifest import PlanManifest, load_plan_manifest
-from millibert_ensemble.preflight import preflight
+from millibert_ensemble.preflight import STATUS, preflight
 
 H100, A100, T4 = (
     Gpu("NVIDIA H100", "9.0", 80 << 30, "580.1"),
@@ -27,17 +29,17 @@ H100, A100, T4 = (
 )
 H200 = Gpu("NVIDIA H200", "9.0", 141 << 30, "580.1")
 HERE = Machine("11.4.1", (H100,))
+PLAN = b"a plan"
 
 
-def write_plan(repository, **changes):
-    """A plan, and the manifest that `millibert engine` would write for it."""
-    bert = repository / "bert" / "1"
+def plan_of(repository, **changes):
+    """The manifest that `millibert engine` would write for a plan of this release."""
     target = json.loads((repository / "release.json").read_text())["tensorrt"]
-    (bert / "model.plan").write_bytes(b"a plan")
+    size = {"min": (1,), "opt": (2,), "max": (3,)}
     manifest = PlanManifest(
         created="2026-11-24T00:00:00+00:00",
-        onnx_sha256=file_sha256(bert / "tensorrt.onnx"),
-        plan_sha256=file_sha256(bert / "model.plan"),
+        onnx_sha256=target["onnx_sha256"],
+        plan_sha256=hashlib.sha256(PLAN).hexdigest(),
         precision=target["precision"],
         layout=target["layout"],
         tensorrt="11.4.1",
@@ -49,10 +51,20 @@ def write_plan(repository, **changes):
         optimization_level=3,
         workspace_bytes=1,
         labels=10,
-        profiles=({"input_ids": {"min": (1,), "opt": (2,), "max": (3,)}},),
+        max_texts=target["max_texts"],
+        max_tokens=target["max_tokens"],
+        typical_tokens=target["typical_tokens"],
+        profiles=({"input_ids": size},) * 3,
         seconds=60.0,
     )
-    changed = dataclasses.replace(manifest, **changes)
+    return dataclasses.replace(manifest, **changes)
+
+
+def write_plan(repository, **changes):
+    """A plan beside the release's graph."""
+    bert = repository / "bert" / "1"
+    changed = plan_of(repository, **changes)
+    (bert / "model.plan").write_bytes(PLAN)
     (bert / "plan.json").write_text(json.dumps(changed.as_json()))
     return changed
 
@@ -95,6 +107,10 @@ MISFITS: dict[str, tuple[dict[str, Any], Machine, str | None]] = {
     "another plan": ({"plan_sha256": "0"}, HERE, "model.plan is not the file that plan.json describes"),
     "another precision": ({"precision": "bf16"}, HERE, "the plan is bf16"),
     "another head": ({"labels": 9}, HERE, "the plan has 9 labels; the release has 10"),
+    "fewer texts": ({"max_texts": 8}, HERE, "the plan takes 8 texts of 64 tokens; the release says 16 of 64"),
+    "longer texts": ({"max_tokens": 512}, HERE, "the plan takes 16 texts of 512 tokens; the release says 16 of 64"),
+    "fewer profiles": ({"profiles": ()}, HERE, "the plan has 0 profiles; the release's config asks for number 0"),
+    "other texts": ({"typical_tokens": 99}, HERE, None),
 }
 
 
@@ -113,6 +129,11 @@ def test_a_plan_that_does_not_fit_must_be_rebuilt(repository, case):
 
 def test_another_gpu_of_the_same_capability_is_worth_a_remark(planned):
     assert any("tuned on NVIDIA H100" in remark for remark in preflight(planned, Machine("11.4.1", (H200,))).remarks)
+
+
+def test_a_plan_tuned_for_other_texts_is_worth_a_remark(repository):
+    write_plan(repository, typical_tokens=99)
+    assert any("tuned for texts of 99 tokens" in remark for remark in preflight(repository, HERE).remarks)
 
 
 def test_no_plan_and_an_unreadable_manifest_must_be_rebuilt(repository):
@@ -143,6 +164,56 @@ def test_a_release_without_a_graph_is_usable_on_the_cpu(release):
     verdict = preflight(release.repository, HERE)
     assert (verdict.answer, verdict.engine) == ("usable", "cpu")
     assert "millibert build --tensorrt fp16" in verdict.remarks[-1]
+
+
+def test_a_release_that_says_too_little_of_its_graph_is_broken(repository):
+    change_release(repository, lambda release: release["tensorrt"].pop("max_texts"))
+    verdict = preflight(repository, HERE)
+    assert (verdict.answer, verdict.engine) == ("broken", None)
+    assert "its section 'tensorrt' lacks 'max_texts'" in verdict.reasons[0]
+
+
+def change_release(repository, change):
+    release = json.loads((repository / "release.json").read_text())
+    change(release)
+    rewrite(repository / "release.json", json.dumps(release))
+
+
+def without_fallback(repository):
+    change_release(repository, lambda release: release.update(cpu_fallback=False))
+    return repository
+
+
+def test_a_release_says_whether_the_cpu_engine_may_serve_in_the_plans_place(repository):
+    assert json.loads((repository / "release.json").read_text())["cpu_fallback"] is True
+    change_release(repository, lambda release: release.pop("cpu_fallback"))  # as releases were before
+    assert preflight(repository, HERE).engine == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("here", "answer"), [(HERE, "rebuild"), (Machine("11.4.1", ()), "fall back")], ids=["gpu", "no gpu"]
+)
+def test_where_it_may_not_no_engine_runs(repository, monkeypatch, capsys, here, answer):
+    without_fallback(repository)
+    verdict = preflight(repository, here)
+    assert (verdict.answer, verdict.engine) == (answer, None)
+    assert "serving.cpu_fallback = false" in verdict.reasons[-1]
+    monkeypatch.setattr(preflight_command, "this_machine", lambda: here)
+    assert cli.main(["preflight", "--repository", str(repository)]) == STATUS[answer]
+    assert capsys.readouterr().out.startswith(f"{answer}: no engine")
+    monkeypatch.setattr(serve_command, "this_machine", lambda: here)
+    with pytest.raises(UsageError, match=rf"{answer}: .*serving\.cpu_fallback = false"):
+        serve_command._engine_options(repository, "auto")
+    assert serve_command._engine_options(repository, "cpu") == []  # asked for by name
+
+
+def test_where_it_may_not_a_plan_that_fits_is_served(planned):
+    assert preflight(without_fallback(planned), HERE).engine == "tensorrt"
+
+
+def test_a_release_without_a_graph_has_nothing_to_fall_back_from(release, tmp_path):
+    repository = shutil.copytree(release.repository, tmp_path / "repository", copy_function=os.link)
+    assert preflight(without_fallback(repository), HERE).engine == "cpu"
 
 
 def change_config(repository, name, before, after):
@@ -284,21 +355,58 @@ def test_serve_says_why_it_cannot_take_the_plan(planned, monkeypatch, capsys):
     assert "fall back: no NVIDIA GPU here" in capsys.readouterr().err
 
 
-def test_the_driver_is_asked_for_gpus(monkeypatch, tmp_path):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(
-        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 81559, 580.105.08'\necho 'Tesla T4, 7.5, 15360, 580.1'\n"
-    )
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """An nvidia-smi that answers what it is told to: to the query, and to `-L`."""
+    path = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def say(query, listing="", status=0):
+        (tmp_path / "query").write_text(query)
+        (tmp_path / "listing").write_text(listing)
+        which = f'[ "$1" = -L ] && cat {tmp_path}/listing || cat {tmp_path}/query'
+        path.write_text(f"#!/bin/sh\n{which}\nexit {status}\n")
+        path.chmod(0o755)
+
+    yield say
+    path.unlink(missing_ok=True)
+
+
+def test_the_driver_is_asked_for_gpus(monkeypatch, smi):
+    smi("NVIDIA H100 80GB HBM3, 9.0, 81559, 580.105.08, Disabled\nTesla T4, 7.5, 15360, 580.1, [N/A]\n")
     assert machine.gpus() == (
         Gpu("NVIDIA H100 80GB HBM3", "9.0", 81559 << 20, "580.105.08"),
         Gpu("Tesla T4", "7.5", 15360 << 20, "580.1"),
     )
-    for answer in ("echo 'No devices were found'", "exit 9"):
-        smi.write_text(f"#!/bin/sh\n{answer}\n")
-        assert machine.gpus() == ()
-    smi.unlink()
+    smi("No devices were found\n")
+    assert machine.gpus() == ()
+    smi("", status=9)
+    assert machine.gpus() == ()
+    monkeypatch.setenv("PATH", "")
+    assert machine.gpus() == ()
+
+
+def test_a_slice_has_the_name_of_its_profile(smi):
+    """As a container that was given one sees it: it may not ask for the memory of the whole GPU."""
+    smi(
+        "NVIDIA H100 80GB HBM3, 9.0, [Insufficient Permissions], 580.105.08, Enabled\n",
+        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-5d5ba0d6)\n  MIG 1g.10gb     Device  0: (UUID: MIG-7a5b)\n",
+    )
+    (gpu,) = machine.gpus()
+    assert gpu == Gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "9.0", None, "580.105.08")
+
+
+def test_a_divided_gpu_counts_by_its_slices_and_a_whole_one_beside_it_as_it_is(smi):
+    smi(
+        "NVIDIA A100-SXM4-40GB, 8.0, 40960, 580.1, Enabled\nNVIDIA A100-SXM4-40GB, 8.0, 40960, 580.1, Disabled\n",
+        "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-1)\n"
+        "  MIG 3g.20gb     Device  0: (UUID: MIG-1)\n"
+        "  MIG 1g.5gb+me   Device  1: (UUID: MIG-2)\n"
+        "GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-2)\n",
+    )
+    name = "NVIDIA A100-SXM4-40GB"
+    assert [gpu.name for gpu in machine.gpus()] == [f"{name} MIG 3g.20gb", f"{name} MIG 1g.5gb+me", name]
+    smi(f"{name}, 8.0, 40960, 580.1, Enabled\n", f"GPU 0: {name} (UUID: GPU-1)\n")  # divided into nothing
     assert machine.gpus() == ()
 
 

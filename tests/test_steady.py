@@ -10,7 +10,7 @@ RNG = np.random.default_rng(7)
 
 def latencies(mean: np.ndarray) -> np.ndarray:
     """Noisy and skewed, as latencies are."""
-    return mean * RNG.lognormal(0, 0.3, len(mean))
+    return np.asarray(mean * RNG.lognormal(0, 0.3, len(mean)))
 
 
 def test_a_warm_up_is_cut_off_and_the_rest_is_steady() -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from millibert._errors import UsageError
+from millibert_ensemble import staging
 
 RELEASE_FILE = "release.json"
-_NEW = ".new"
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 @contextmanager
@@ -30,43 +23,15 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    with _staging(out) as staging:
-        yield staging
-        staging.chmod(0o755)  # mkdtemp's folders are private; the server may be another user
+    with staging.staged(out.parent, out.name) as folder:
+        yield folder
         if (out / "README.md").is_file():
-            shutil.copy2(out / "README.md", staging / "README.md")
+            shutil.copy2(out / "README.md", folder / "README.md")
         check_replaceable(out)
         if out.exists():
-            _exchange(staging, out)
+            staging.exchange(folder, out)
         else:
-            staging.rename(out)
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, locked while its owner lives, and removed with whatever is in its place in the end."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_NEW, dir=out.parent))
-    descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # what failed, or what was replaced
-        os.close(descriptor)
-
-
-def _sweep(out: Path) -> None:
-    """Remove the staging folders of builds that were killed while they published; living ones hold a lock."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*{_NEW}"):
-        descriptor = os.open(left, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(descriptor)
+            folder.rename(out)
 
 
 def check_replaceable(out: Path) -> None:
@@ -81,24 +46,3 @@ def check_replaceable(out: Path) -> None:
             f"{out}: holds {', '.join(foreign[:3])} and no {RELEASE_FILE}, so it is not a release of ours; "
             "choose another --out, or empty it"
         )
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders atomically (Linux `renameat2`)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(code, os.strerror(code), str(old))
-    # A file system without exchange (NFS, some overlays): two renames, and the old release comes back if
-    # the second one fails.
-    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.", suffix=".old", dir=old.parent)) / "release"
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except OSError:
-        aside.rename(old)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)

@@ -63,6 +63,7 @@ def describe(scenario: Scenario, base: Base, splits: Splits, created: str) -> di
         "max_tokens": scenario.max_tokens,
         "max_texts": scenario.max_texts,
         "top_k": scenario.top_k,
+        "cpu_fallback": scenario.serving.cpu_fallback,
         "data": {"sha256": splits.sha256(), "texts": texts},
         "base": {"name": base.name, "revision": base.revision, "sha256": base.sha256},
         "machine": {"architecture": platform.machine(), "cpu": cpu_name()},

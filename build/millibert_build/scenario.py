@@ -162,6 +162,8 @@ class Serving(_Strict):
     parameter `queue_timeout_ms`."""
     cache_texts: Annotated[int, Field(ge=0)] = 0
     """Keep the engine's answers to so many texts, those used last; for traffic that repeats itself. 0: none."""
+    cpu_fallback: bool = True
+    """Whether the CPU engine may serve on a machine that was meant to serve a TensorRT plan, and that none fits."""
 
 
 class Gates(_Strict):

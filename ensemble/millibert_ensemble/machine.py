@@ -9,24 +9,29 @@ from __future__ import annotations
 import csv
 import ctypes
 import importlib
+import re
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Newest first: of two installed the newer one is what a current Triton links to.
 _LIBRARIES = ("libnvinfer.so.11", "libnvinfer.so.10")
-_QUERY = "name,compute_cap,memory.total,driver_version"
+_QUERY = "name,compute_cap,memory.total,driver_version,mig.mode.current"
+# A line of `nvidia-smi -L`: a GPU, or, below it, one of the slices that it is divided into.
+_LISTED = re.compile(r"GPU (\d+): | +MIG (\S+) +Device ")
 _TIMEOUT_SECONDS = 30
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as its driver describes it."""
+    """One GPU as its driver describes it, or a MIG slice of one: `NVIDIA H100 80GB HBM3 MIG 1g.10gb`."""
 
     name: str
     compute_capability: str  # "9.0"
-    memory_bytes: int
+    memory_bytes: int | None
+    """None: the driver does not tell, as of the GPU that a slice is of."""
     driver: str
 
 
@@ -72,15 +77,45 @@ def short_version(version: str) -> str:
 
 def gpus() -> tuple[Gpu, ...]:
     """Ask the driver, through nvidia-smi; none where there is no driver or it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_SECONDS)
-        return parse_gpus(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        table = _nvidia_smi(f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
+        found = parse_gpus(table)
+        if not any(divided for _, divided in found):
+            return tuple(gpu for gpu, _ in found)
+        return tuple(_slices(found, _nvidia_smi("-L")))
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError):
         return ()
 
 
-def parse_gpus(table: str) -> tuple[Gpu, ...]:
-    """One GPU per line of nvidia-smi's table; its memory is in MiB. Raises ValueError for another table."""
+def parse_gpus(table: str) -> tuple[tuple[Gpu, bool], ...]:
+    """One GPU per line of nvidia-smi's table, and whether it is divided into slices.
+
+    Its memory is in MiB. Raises ValueError for another table.
+    """
     rows = [[field.strip() for field in row] for row in csv.reader(table.splitlines()) if row]
-    return tuple(Gpu(name, capability, int(memory) * _MIB, driver) for name, capability, memory, driver in rows)
+    return tuple(
+        (Gpu(name, capability, int(memory) * _MIB if memory.isdecimal() else None, driver), mode == "Enabled")
+        for name, capability, memory, driver, mode in rows
+    )
+
+
+def _slices(found: tuple[tuple[Gpu, bool], ...], listing: str) -> Iterator[Gpu]:
+    """Whole GPUs as they are, and in the place of a divided one the slices of it that are here.
+
+    A plan is tuned for a slice, whose name the table lacks; and a container that was given a slice may not ask for the
+    memory of the whole.
+    """
+    gpu, divided = found[0]
+    for line in listing.splitlines():
+        match = _LISTED.match(line)
+        if match and match[1]:
+            gpu, divided = found[int(match[1])]
+            if not divided:
+                yield gpu
+        elif match:
+            yield replace(gpu, name=f"{gpu.name} MIG {match[2]}", memory_bytes=None)
+
+
+def _nvidia_smi(*options: str) -> str:
+    command = ["nvidia-smi", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_SECONDS).stdout

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from millibert._errors import UsageError
 from millibert_ensemble.machine import Gpu, Machine
 
-FORMAT = 1
+FORMAT = 2
 PLAN = "model.plan"
 PLAN_MANIFEST = "plan.json"
 TENSORRT_ONNX = "tensorrt.onnx"
@@ -47,6 +47,9 @@ class PlanManifest:
     optimization_level: int
     workspace_bytes: int
     labels: int
+    max_texts: int
+    max_tokens: int
+    typical_tokens: int
     profiles: tuple[Profile, ...]
     seconds: float
     format: int = FORMAT

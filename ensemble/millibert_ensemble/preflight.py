@@ -1,21 +1,21 @@
 """Whether a repository is whole and which of its engines this machine can run, before a server starts.
 
-A release may carry two engines, the CPU engine and a TensorRT plan. A plan that does not fit the machine would fail
-while Triton loads it, minutes into a rollout; here it is a sentence and an exit status.
+A release may carry two engines, the CPU engine and a TensorRT plan, or have its plan in a store. A plan that does not
+fit the machine would fail while Triton loads it, minutes into a rollout; here it is a sentence and an exit status.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from millibert._errors import UsageError
-from millibert_ensemble import contract
-from millibert_ensemble.hashing import file_sha256
+from millibert_ensemble import plan_choice
+from millibert_ensemble.assemble import lost_link
 from millibert_ensemble.machine import Machine
-from millibert_ensemble.plan_manifest import PLAN, PLAN_MANIFEST, TENSORRT_ONNX, PlanManifest, load_plan_manifest
+from millibert_ensemble.plan_choice import Wanted
+from millibert_ensemble.plan_manifest import PlanManifest
 from millibert_ensemble.repository_check import CONFIG_NAME, Check, check_repository
 
 Answer = Literal["usable", "broken", "rebuild", "fall back"]
@@ -24,7 +24,7 @@ STATUS: dict[Answer, int] = {"usable": 0, "broken": 1, "rebuild": 3, "fall back"
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, the engine that runs here now (None: none does), why, and what to do about it."""
+    """The answer, the engine that may run here now (None: none may), why, and what to do about it."""
 
     answer: Answer
     engine: Literal["tensorrt", "cpu"] | None
@@ -33,6 +33,8 @@ class Verdict:
     command: str | None
     machine: Machine
     plan: PlanManifest | None
+    plan_folder: Path | None = None
+    """Where the plan is that would be served."""
 
     @property
     def options(self) -> list[str]:
@@ -56,56 +58,63 @@ class Verdict:
             "tritonserver_options": self.options,
             "machine": self.machine.as_json(),
             "plan": self.plan and self.plan.as_json(),
+            "plan_folder": self.plan_folder and str(self.plan_folder),
         }
 
 
-def preflight(repository: Path, machine: Machine) -> Verdict:
-    """Judge a repository for a machine; raises `UsageError` where there is no repository."""
+def preflight(repository: Path, machine: Machine, plans: Path | None = None) -> Verdict:
+    """Judge a repository for a machine, with the plans of a store; raises `UsageError` where one of them is missing."""
     if not repository.is_dir():
         raise UsageError(f"no model repository at {repository}: no such folder; make one with `millibert build`")
+    if lost := lost_link(repository):
+        return _broken((lost,), (), machine)
     check = check_repository(repository)
     if check.problems:
-        return Verdict("broken", None, check.problems, check.remarks, None, machine, None)
-    bert = repository / contract.BERT / contract.VERSION
+        return _broken(check.problems, check.remarks, machine)
     if "tensorrt" not in check.manifest:
         remark = "built without a TensorRT graph (`millibert build --tensorrt fp16` adds one)"
         return Verdict("usable", "cpu", (), (*check.remarks, remark), None, machine, None)
-    plan, reasons = _plan(bert, check)
-    if not machine.gpus:
-        return _fall_back("no NVIDIA GPU here (nvidia-smi is missing or lists none)", check, machine, plan)
-    if plan is not None:
-        reasons += plan.misfits(machine)
-    if reasons:
-        command = f"millibert engine --repository {repository}"
-        return Verdict("rebuild", "cpu", tuple(reasons), check.remarks, command, machine, plan)
-    assert plan is not None
-    if machine.tensorrt is None:
-        return _fall_back("a GPU, but no TensorRT library to load the plan with (libnvinfer)", check, machine, plan)
-    return Verdict("usable", "tensorrt", (), (*check.remarks, *plan.remarks(machine)), None, machine, plan)
-
-
-def _fall_back(reason: str, check: Check, machine: Machine, plan: PlanManifest | None) -> Verdict:
-    return Verdict("fall back", "cpu", (reason,), check.remarks, None, machine, plan)
-
-
-def _plan(bert: Path, check: Check) -> tuple[PlanManifest | None, list[str]]:
-    """The plan's manifest, and what keeps the plan from being the one of this release."""
-    if not (bert / PLAN).is_file():
-        return None, [f"there is no plan yet ({contract.BERT}/{contract.VERSION}/{PLAN})"]
     try:
-        plan = load_plan_manifest(bert / PLAN_MANIFEST)
+        wanted = plan_choice.wanted_of(repository, check.manifest)
     except UsageError as error:
-        return None, [str(error)]
-    return plan, list(_strange(plan, bert, check))
+        return _broken((str(error),), check.remarks, machine)
+    return _judge_plan(repository, plans, check, wanted, machine)
 
 
-def _strange(plan: PlanManifest, bert: Path, check: Check) -> Iterator[str]:
-    wanted = check.manifest["tensorrt"]
-    if plan.onnx_sha256 != file_sha256(bert / TENSORRT_ONNX):
-        yield f"the plan was built from another graph than {TENSORRT_ONNX}"
-    if plan.plan_sha256 != file_sha256(bert / PLAN):
-        yield f"{PLAN} is not the file that {PLAN_MANIFEST} describes: damaged, or half copied"
-    if (plan.precision, plan.layout) != (wanted["precision"], wanted["layout"]):
-        yield f"the plan is {plan.precision} {plan.layout}; the release says {wanted['precision']} {wanted['layout']}"
-    if plan.labels != len(check.manifest["labels"]):
-        yield f"the plan has {plan.labels} labels; the release has {len(check.manifest['labels'])}"
+def _judge_plan(repository: Path, plans: Path | None, check: Check, wanted: Wanted, machine: Machine) -> Verdict:
+    """What a release that is whole, and has a graph, is served with."""
+    if plans is None:
+        choice = plan_choice.own(repository, wanted, machine)
+    else:
+        choice = plan_choice.best(repository, plans, wanted, machine)
+    if not machine.gpus:
+        reason = "no NVIDIA GPU here (nvidia-smi is missing or lists none)"
+        return _without_plan("fall back", (reason,), None, check, machine, choice.plan)
+    if choice.plan is None or choice.folder is None:
+        command = f"millibert engine --repository {repository}" + (f" --plans {plans}" if plans else "")
+        return _without_plan("rebuild", choice.reasons, command, check, machine, choice.plan)
+    if machine.tensorrt is None:
+        reason = "a GPU, but no TensorRT library to load the plan with (libnvinfer)"
+        return _without_plan("fall back", (reason,), None, check, machine, choice.plan)
+    remarks = (*check.remarks, *plan_choice.remarks(choice.plan, wanted, machine))
+    return Verdict("usable", "tensorrt", (), remarks, None, machine, choice.plan, choice.folder)
+
+
+def _broken(problems: tuple[str, ...], remarks: tuple[str, ...], machine: Machine) -> Verdict:
+    return Verdict("broken", None, problems, remarks, None, machine, None)
+
+
+def _without_plan(
+    answer: Answer,
+    reasons: tuple[str, ...],
+    command: str | None,
+    check: Check,
+    machine: Machine,
+    plan: PlanManifest | None,
+) -> Verdict:
+    """The CPU engine serves instead, where the release lets it."""
+    # Releases from before there was a choice let it.
+    if check.manifest.get("cpu_fallback", True):
+        return Verdict(answer, "cpu", reasons, check.remarks, command, machine, plan)
+    refused = "the release does not let the CPU engine serve in the plan's place (serving.cpu_fallback = false)"
+    return Verdict(answer, None, (*reasons, refused), check.remarks, command, machine, plan)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from millibert._errors import UsageError
 from millibert_ensemble import contract
+from millibert_ensemble.assemble import lost_link
 from millibert_ensemble.canary import Canary, through
 from millibert_ensemble.health import Health
 from millibert_ensemble.health_server import HealthServer
@@ -123,11 +124,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine_options(repository: Path, wanted: str) -> list[str]:
     """What tritonserver must be told to serve the wanted engine; raises `UsageError` where it cannot."""
+    if repository.is_dir() and (lost := lost_link(repository)):
+        raise UsageError(f"{repository}: {lost}")
     has_graph = (repository / contract.BERT / "configs" / f"{CONFIG_NAME}.pbtxt").is_file()
     if wanted == "cpu" or (wanted == "auto" and not has_graph):
         return []
     verdict = preflight(repository, this_machine())
-    if verdict.answer == "broken" or (wanted == "tensorrt" and verdict.engine != "tensorrt"):
+    if verdict.engine is None or (wanted == "tensorrt" and verdict.engine != "tensorrt"):
         reasons = "; ".join(verdict.reasons or verdict.remarks)
         advice = f"; build the plan here: {verdict.command}" if verdict.command else ""
         raise UsageError(f"{repository}: {verdict.answer}: {reasons}{advice}")

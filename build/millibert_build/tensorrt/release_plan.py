@@ -1,28 +1,42 @@
-"""The plan of a release: built from its graph, put beside it with a manifest, in one step or not at all."""
+"""The plan of a release, built from its graph and put beside it or into a store of plans, whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from millibert._errors import UsageError
-from millibert_build.tensorrt.plan import BuiltPlan, Recipe, build_plan, import_tensorrt
+from millibert_build.tensorrt.plan import Recipe, build_plan, import_tensorrt
 from millibert_build.tensorrt.profiles import Profile, profiles_of
 from millibert_build.tensorrt.readable import GraphError, check_readable
 from millibert_build.tensorrt.target import Target, load_target
-from millibert_ensemble import contract
+from millibert_ensemble import contract, plan_store
 from millibert_ensemble.hashing import file_sha256
 from millibert_ensemble.machine import Gpu, gpus, short_version
-from millibert_ensemble.plan_manifest import PLAN, PLAN_MANIFEST, TENSORRT_ONNX, PlanManifest
+from millibert_ensemble.plan_manifest import (
+    PLAN,
+    PLAN_MANIFEST,
+    TENSORRT_ONNX,
+    PlanManifest,
+    load_plan_manifest,
+)
+
+
+class Stored(NamedTuple):
+    """A plan in a store, and whether it was built just now."""
+
+    manifest: PlanManifest
+    folder: Path
+    built: bool
 
 
 def build_release_plan(
@@ -32,22 +46,74 @@ def build_release_plan(
 
     Raises `PlanError`, and `UsageError` where there is no GPU or no TensorRT.
     """
+    order = _order(repository, target, recipe)
+    cache = timing_cache or _home() / order.cache_name
+    manifest, plan = _build(order, cache)
+    folder = repository / contract.BERT / contract.VERSION
+    # The plan first: one without its own manifest is refused by `preflight`, and never served by mistake.
+    _write_aside(folder / PLAN, plan)
+    _write_aside(folder / PLAN_MANIFEST, plan_store.manifest_text(manifest).encode())
+    return manifest
+
+
+def build_stored_plan(
+    repository: Path, target: Target, recipe: Recipe, plans: Path, timing_cache: Path | None = None
+) -> Stored:
+    """Build it into a store, unless it is there; raises what `build_release_plan` does."""
+    order = _order(repository, target, recipe)
+    plans.mkdir(parents=True, exist_ok=True)
+    if not os.access(plans, os.W_OK):
+        raise UsageError(f"{plans}: the store of plans cannot be written to here")
+    plan_store.sweep(plans)
+    key = plan_store.key_of(order.manifest)
+    if built := not plan_store.holds(plans, key):
+        # A builder's home is gone with its Job; the store stays.
+        plan_store.publish(plans, *_build(order, timing_cache or plans / plan_store.TIMING / order.cache_name))
+    # Another builder of the same may have been faster: what counts is what is there.
+    return Stored(load_plan_manifest(plans / key / PLAN_MANIFEST), plans / key, built)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is to be built, with which TensorRT; of the manifest all but what only the build can tell."""
+
+    trt: Any
+    onnx: Path
+    target: Target
+    profiles: Sequence[Profile]
+    recipe: Recipe
+    manifest: PlanManifest
+
+    @property
+    def cache_name(self) -> str:
+        """A timing cache is of one TensorRT and one kind of GPU."""
+        return f"tensorrt-{self.trt.__version__}-{plan_store.slug(self.manifest.gpu.name)}.timing"
+
+
+def _order(repository: Path, target: Target, recipe: Recipe) -> _Order:
     trt = import_tensorrt()
     found = gpus()
     if not found:
         raise UsageError("no NVIDIA GPU here (nvidia-smi is missing or lists none); build the plan on a GPU node")
-    gpu, profiles = found[0], profiles_of(target)
-    cache_file = timing_cache or _default_cache(trt, gpu)
-    cache = cache_file.read_bytes() if cache_file.is_file() else b""
-    folder = repository / contract.BERT / contract.VERSION
-    print(f"building on {gpu.name} with TensorRT {trt.__version__}; this takes minutes", file=sys.stderr)
-    built = build_plan(trt, folder / TENSORRT_ONNX, target, profiles, recipe, cache, _monitor(trt))
-    manifest = _manifest(target, recipe, profiles, built, str(trt.__version__), gpu)
-    # The plan first: one without its own manifest is refused by `preflight`, and never served by mistake.
-    _write_aside(folder / PLAN, built.plan)
-    _write_aside(folder / PLAN_MANIFEST, (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
+    profiles = profiles_of(target)
+    manifest = _manifest(target, recipe, profiles, str(trt.__version__), found[0])
+    onnx = repository / contract.BERT / contract.VERSION / TENSORRT_ONNX
+    return _Order(trt, onnx, target, profiles, recipe, manifest)
+
+
+def _build(order: _Order, cache_file: Path) -> tuple[PlanManifest, bytes]:
+    trt, cache = order.trt, cache_file.read_bytes() if cache_file.is_file() else b""
+    where = f"{order.manifest.gpu.name} with TensorRT {trt.__version__}"
+    print(f"building on {where}; this takes minutes", file=sys.stderr, flush=True)
+    built = build_plan(trt, order.onnx, order.target, order.profiles, order.recipe, cache, _monitor(trt))
     _keep(cache_file, built.timing_cache)
-    return manifest
+    manifest = replace(
+        order.manifest,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        plan_sha256=hashlib.sha256(built.plan).hexdigest(),
+        seconds=round(built.seconds, 1),
+    )
+    return manifest, built.plan
 
 
 def _keep(cache_file: Path, content: bytes) -> None:
@@ -71,13 +137,11 @@ def checked_target(repository: Path) -> Target:
     return target
 
 
-def _manifest(
-    target: Target, recipe: Recipe, profiles: Sequence[Profile], built: BuiltPlan, version: str, gpu: Gpu
-) -> PlanManifest:
+def _manifest(target: Target, recipe: Recipe, profiles: Sequence[Profile], version: str, gpu: Gpu) -> PlanManifest:
     return PlanManifest(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created="",
         onnx_sha256=target.onnx_sha256,
-        plan_sha256=hashlib.sha256(built.plan).hexdigest(),
+        plan_sha256="",
         precision=target.precision,
         layout=target.layout,
         tensorrt=short_version(version),
@@ -89,8 +153,11 @@ def _manifest(
         optimization_level=recipe.optimization_level,
         workspace_bytes=recipe.workspace_bytes,
         labels=target.labels,
+        max_texts=target.max_texts,
+        max_tokens=target.max_tokens,
+        typical_tokens=target.typical_tokens,
         profiles=tuple(plain(profile) for profile in profiles),
-        seconds=round(built.seconds, 1),
+        seconds=0.0,
     )
 
 
@@ -108,11 +175,8 @@ def _write_aside(path: Path, content: bytes) -> None:
             raise
 
 
-def _default_cache(trt: Any, gpu: Gpu) -> Path:
-    """A timing cache is of one TensorRT and one kind of GPU."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kind = "".join(letter if letter.isalnum() else "-" for letter in gpu.name).lower()
-    return home / "millibert" / f"tensorrt-{trt.__version__}-{kind}.timing"
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millibert"
 
 
 def _monitor(trt: Any) -> Any:
