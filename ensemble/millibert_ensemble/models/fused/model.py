@@ -13,6 +13,9 @@ from .host import Host
 from .ranking import Ranker, tensors
 from .tokenization import decode, load, tokenize
 
+# The same family in every model; monitoring adds them up.
+_REFUSED = ("millibert_refused_requests_total", "Requests that a model answered with an error of their own.")
+
 
 class TritonPythonModel:
     """TEXT -> LABEL, SCORE, LABEL_ID, ACCEPTED, TRUNCATED."""
@@ -26,6 +29,8 @@ class TritonPythonModel:
         self._tokenizer = load(folder / "tokenizer.json")
         self._ranker = Ranker(folder, parameters)
         self._host = Host(folder, parameters, config["max_batch_size"], pb_utils)
+        self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
+        self._invalid = self._family.Metric(labels={"model": args["model_name"], "reason": "invalid"})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
@@ -39,6 +44,7 @@ class TritonPythonModel:
                 top_k[index] = wanted
             except ValueError as error:
                 responses[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+                self._invalid.increment(1)
         if texts:
             tokens = tokenize(self._tokenizer, list(texts.values()))
             logits = self._host.infer([each.input_ids for each in tokens])

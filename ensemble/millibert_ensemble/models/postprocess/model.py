@@ -11,6 +11,9 @@ import triton_python_backend_utils as pb_utils
 
 from .ranking import Ranker, tensors
 
+# The same family in every model; monitoring adds them up.
+_REFUSED = ("millibert_refused_requests_total", "Requests that a model answered with an error of their own.")
+
 
 class TritonPythonModel:
     """logits -> LABEL, SCORE, LABEL_ID, ACCEPTED."""
@@ -20,6 +23,8 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._ranker = Ranker(Path(args["model_repository"]) / args["model_version"], parameters)
+        self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
+        self._invalid = self._family.Metric(labels={"model": args["model_name"], "reason": "invalid"})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
@@ -31,6 +36,7 @@ class TritonPythonModel:
                 logits[index] = pb_utils.get_input_tensor_by_name(request, "logits").as_numpy()
             except ValueError as error:
                 responses[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+                self._invalid.increment(1)
         if logits:
             rows = list(logits.values())
             answers = self._ranker.answers(np.concatenate(rows), list(map(len, rows)), list(top_k.values()))

@@ -13,6 +13,9 @@ import triton_python_backend_utils as pb_utils
 
 from .tokenization import decode, load, requested_timeout, tokenize
 
+# The same family in every model; monitoring adds them up.
+_REFUSED = ("millibert_refused_requests_total", "Requests that a model answered with an error of their own.")
+
 
 class TritonPythonModel:
     """TEXT -> input_ids, span, deadline, TRUNCATED."""
@@ -26,6 +29,8 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self._buckets = json.loads(parameters.get("buckets", {"string_value": "[]"})["string_value"])
         self._timeout_us = int(parameters["queue_timeout_us"]["string_value"])
+        self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
+        self._invalid = self._family.Metric(labels={"model": args["model_name"], "reason": "invalid"})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
@@ -40,6 +45,7 @@ class TritonPythonModel:
             except ValueError as error:
                 refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
                 responses[index] = pb_utils.InferenceResponse(error=refusal)
+                self._invalid.increment(1)
         for index, tokens in zip(good, tokenize(self._tokenizer, list(good.values()), self._buckets), strict=True):
             made = {
                 "input_ids": tokens.input_ids,
