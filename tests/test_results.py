@@ -66,10 +66,11 @@ def test_where_nothing_was_answered_there_is_no_latency() -> None:
 
 def test_the_warm_up_is_found() -> None:
     due = np.arange(0, 20, 0.01)
-    found = summarise(answers(due, np.where(due < 4, 0.1, 0.005)), 20.0)
-    assert found.warm_up_seconds == pytest.approx(4, abs=0.2)
+    noise = np.random.default_rng(3).uniform(0.9, 1.1, len(due))
+    found = summarise(answers(due, noise * np.where(due < 4, 0.1, 0.005)), 20.0)
+    assert found.warm_up_seconds == pytest.approx(4, abs=0.5)
     assert found.latency_ms is not None
-    assert found.latency_ms.max == pytest.approx(5)
+    assert found.latency_ms.max < 6
 
 
 def test_what_is_outside_the_bins_is_in_the_outermost() -> None:
