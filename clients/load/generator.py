@@ -2,8 +2,9 @@
 
 Requests are laid out once and sent as bytes, so that it takes little of the CPU that it may share with the server.
 
-In open loop requests are due at constant intervals whatever the server does, and a latency counts from the moment
-that its request was due: a server, or a sender, that falls behind cannot hide it ("coordinated omission").
+In open loop requests are due at constant intervals, or at random ones like those of many independent callers (a
+Poisson process), whatever the server does, and a latency counts from the moment that its request was due: a server, or
+a sender, that falls behind cannot hide it ("coordinated omission").
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Phase(NamedTuple):
 
     rate: float  # requests a second
     seconds: float
+    poisson: bool = False  # at random intervals instead of constant ones
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Load:
     seconds: float = 0.0  # of a closed loop
     concurrency: int | None = None  # of a closed loop: requests under way
     phases: Sequence[Phase] = ()
+    seed: int = 0  # of random intervals
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (not self.phases):
@@ -143,7 +146,7 @@ async def _open_loop(load: Load, transport: Transport, found: list[tuple[float, 
         found.append((due, time.perf_counter() - start - due, status))
 
     under_way: set[asyncio.Task[None]] = set()
-    dues = iter(due_times(load.phases))
+    dues = iter(due_times(load.phases, load.seed))
     due = next(dues, None)
     while due is not None:
         now = time.perf_counter() - start
@@ -161,8 +164,16 @@ async def _open_loop(load: Load, transport: Transport, found: list[tuple[float, 
             )
 
 
-def due_times(phases: Sequence[Phase]) -> list[float]:
-    """When each request is due, in seconds from the start: evenly within each phase, the phases one after another."""
+def due_times(phases: Sequence[Phase], seed: int = 0) -> list[float]:
+    """When each request is due, in seconds from the start: as each phase says, the phases one after another."""
+    random = np.random.default_rng(seed)
     ends = np.cumsum([0.0, *(phase.seconds for phase in phases)])
     spans = zip(ends, ends[1:], phases, strict=False)
-    return [float(due) for start, end, phase in spans for due in np.arange(start, end, 1 / phase.rate)]
+    return [float(due) for start, end, phase in spans for due in _due_in(start, end, phase, random)]
+
+
+def _due_in(start: float, end: float, phase: Phase, random: np.random.Generator) -> npt.NDArray[np.float64]:
+    if not phase.poisson:
+        return np.arange(start, end, 1 / phase.rate)
+    # Given their number, the arrivals of a Poisson process lie anywhere with equal probability.
+    return np.sort(random.uniform(start, end, random.poisson(phase.rate * phase.seconds)))

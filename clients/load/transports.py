@@ -1,4 +1,4 @@
-"""Requests laid out once and sent as bytes, over gRPC and HTTP."""
+"""Requests laid out once and sent as bytes, over gRPC and HTTP; their answers are compared with what they should be."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from load.best_labels import Wanted, are_right, best_labels_grpc, best_labels_http
 from millibert._address import Address, parse_address
 from millibert_ensemble.contract import QUEUE_TIMEOUT_PARAMETER, TEXT
 
 ANSWERED = "answered"
+# Answered, but with another label than before.
+WRONG = "wrong label"
 # What a server that is too busy says, over either protocol.
 BUSY = ("UNAVAILABLE", "HTTP 503")
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -22,6 +25,7 @@ class Request(NamedTuple):
 
     body: bytes
     headers: Mapping[str, str]  # of HTTP
+    wanted: Wanted | None = None  # for each text the labels that are right; None: answers are not looked at
 
 
 class Requests(NamedTuple):
@@ -36,21 +40,33 @@ class Transport(Protocol):
     """Sends one request; as many may be under way as the caller likes."""
 
     async def send(self, request: Request) -> str:
-        """`ANSWERED`, or what happened instead in a word: gRPC's status, `HTTP 503` or an exception's name."""
+        """`ANSWERED`, or what happened instead: `WRONG`, gRPC's status, `HTTP 503` or an exception's name."""
         ...
 
 
 def triton_requests(
-    url: str, model: str, texts: Sequence[str], per_request: int = 1, queue_timeout_ms: float | None = None
+    url: str,
+    model: str,
+    texts: Sequence[str],
+    per_request: int = 1,
+    queue_timeout_ms: float | None = None,
+    wanted: Wanted | None = None,
 ) -> Requests:
     """Requests to a Triton that hold `per_request` texts each, in the order of the texts.
 
-    `queue_timeout_ms`: a request that waits for the engine for longer is refused.
+    `queue_timeout_ms`: a request that waits for the engine for longer is refused. `wanted`: the labels that are right,
+    for each text; without them answers are counted only.
     """
-    chunks = [texts[start : start + per_request] for start in range(0, len(texts) - per_request + 1, per_request)]
-    if parse_address(url).scheme == "grpc":
-        return Requests(url, INFER, [Request(_grpc_body(model, chunk, queue_timeout_ms), {}) for chunk in chunks])
-    return Requests(url, f"/v2/models/{model}/infer", [_http_request(chunk, queue_timeout_ms) for chunk in chunks])
+    by_grpc = parse_address(url).scheme == "grpc"
+    each = []
+    for start in range(0, len(texts) - per_request + 1, per_request):
+        chunk = slice(start, start + per_request)
+        right = None if wanted is None else wanted[chunk]
+        if by_grpc:
+            each.append(Request(_grpc_body(model, texts[chunk], queue_timeout_ms), {}, right))
+        else:
+            each.append(_http_request(texts[chunk], queue_timeout_ms)._replace(wanted=right))
+    return Requests(url, INFER if by_grpc else f"/v2/models/{model}/infer", each)
 
 
 def _tensor(module: Any, texts: Sequence[str]) -> Any:
@@ -107,9 +123,11 @@ class _Grpc:
 
     async def send(self, request: Request) -> str:
         try:
-            await self._call(request.body)
+            answer = await self._call(request.body)
         except self._error as error:
             return str(error.code().name)
+        if request.wanted is not None and not are_right(best_labels_grpc(answer), request.wanted):
+            return WRONG
         return ANSWERED
 
     async def close(self) -> None:
@@ -129,10 +147,14 @@ class _Http:
     async def send(self, request: Request) -> str:
         try:
             async with self._session.post(self._url, data=request.body, headers=request.headers) as answer:
-                await answer.read()
+                body = await answer.read()
         except self._error as error:
             return type(error).__name__
-        return ANSWERED if answer.status == 200 else f"HTTP {answer.status}"
+        if answer.status != 200:
+            return f"HTTP {answer.status}"
+        if request.wanted is not None and not are_right(best_labels_http(body, answer.headers), request.wanted):
+            return WRONG
+        return ANSWERED
 
     async def close(self) -> None:
         await self._session.close()
