@@ -11,7 +11,14 @@ from load.search import highest_rate
 
 def search(limit: float, guess: float) -> Any:
     """A server that holds up to a limit."""
-    return highest_rate(lambda rate: SimpleNamespace(rate=rate), lambda run: run.rate <= limit, guess)
+
+    def run_at(rate: float) -> Any:
+        return SimpleNamespace(rate=rate)
+
+    def holds(run: Any) -> bool:
+        return bool(run.rate <= limit)
+
+    return highest_rate(run_at, holds, guess)
 
 
 @pytest.mark.parametrize("guess", [10.0, 900.0, 1000.0, 30_000.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from load.best_labels import Wanted
 from load.generator import Load, Phase
 from load.machine import describe_machine
 from load.results import Answers, Arrival, Outcome, Run, summarise
-from load.transports import ANSWERED, BUSY, WRONG, triton_requests
+from load.transports import ANSWERED, BUSY, WRONG, Requests, triton_requests
 from load.watch import Watch, stages
 from millibert._client import Client
 
@@ -46,7 +46,7 @@ def run_closed(target: Target, under_way: int, seconds: float) -> Run:
     return _run(target, lambda requests: Load(requests, seconds=seconds, concurrency=under_way), arrival, seconds)
 
 
-def _run(target: Target, make, arrival: Arrival, seconds: float) -> Run:  # type: ignore[no-untyped-def]
+def _run(target: Target, make: Callable[[Requests], Load], arrival: Arrival, seconds: float) -> Run:
     client = target.client
     requests = triton_requests(target.url, client.model, target.texts, target.per_request, wanted=target.wanted)
     started = datetime.datetime.now(datetime.UTC)
