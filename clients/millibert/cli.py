@@ -40,6 +40,7 @@ COMMANDS = {
     "classify": Command("millibert.classify_command", "labels and scores of texts, from a server", None),
     "status": Command("millibert.status_command", "whether servers and models are up, ready and well", None),
     "stages": Command("millibert.stages_command", "where a served model's time goes, on a live server", None),
+    "load": Command("load.load_command", "load on a served model, and whether it keeps its objectives", "load"),
     "evaluate": Command("millibert.evaluate_command", "accuracy measured through a server", None),
 }
 
