@@ -64,3 +64,9 @@ def test_both_images_are_of_one_month():
     bases = [re.findall(r"^FROM (\S+)$", path.read_text(), re.MULTILINE)[-1] for path in DOCKERFILES]
     assert all(base.endswith(":${NVIDIA_MONTH}-py3") for base in bases)
     assert "tensorrt" not in " ".join(VERSIONS).lower()
+
+
+def test_the_manifests_have_the_tag_that_is_built():
+    images = (ROOT / "k8s" / "components" / "images" / "kustomization.yaml").read_text(encoding="utf-8")
+    tags = dict(re.findall(r"name: (millibert-(?:serve|engine)), newTag: ([\w.-]+)", images))
+    assert tags == {f"millibert-{target}": VERSIONS["TAG"] for target in targets()}
