@@ -44,6 +44,8 @@ class RunningServer:
     grpc_url: str
     http_url: str
     metrics_url: str
+    # With --health-port.
+    health_url: str | None = None
 
     @property
     def pid(self) -> int:
@@ -109,7 +111,8 @@ def triton(
             ready = process.stdout.readline()
             assert ready, f"millibert serve ended with {process.wait()}:\n{log_file.read_text()}"
             facts = json.loads(ready)
-            yield RunningServer(process, log_file, facts["models"], facts["grpc"], facts["http"], facts["metrics"])
+            urls = [facts[it] for it in ("grpc", "http", "metrics", "health")]
+            yield RunningServer(process, log_file, facts["models"], *urls)
         finally:
             if process.poll() is None:
                 process.terminate()
