@@ -308,3 +308,26 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
     """One run as an object, several as a list."""
     documents = [run.model_dump(mode="json") for run in runs]
     path.write_text(json.dumps(documents[0] if len(documents) == 1 else documents), encoding="utf-8")
+
+
+def read_runs(path: Path) -> list[Run]:
+    """What `write_runs` wrote: one run or several; raises `UsageError` where it is something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read the run {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    documents = found if isinstance(found, list) else [found]
+    if not documents:
+        raise UsageError(f"{path} has no run in it")
+    return [_run(path, document, at if isinstance(found, list) else None) for at, document in enumerate(documents)]
+
+
+def _run(path: Path, document: object, at: int | None) -> Run:
+    try:
+        return Run.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (*(() if at is None else (at,)), *first["loc"]))) or "the document"
+        raise UsageError(f"{path} is not a run in the form {FORMAT}: {where}: {first['msg']}") from error
