@@ -109,12 +109,13 @@ class Supervisor:
                 self.server.stop(grace=0)  # the proof then fails, and the pool can close
                 return False
             proof.result()
+            # Before anybody is told that it serves: what is counted is there from the start.
+            self._health.watch([_SERVER, *(stub.model for stub in self.server.stubs())])
             return True
 
     def _watch(self) -> _Death | None:
         """Wait for a signal (None) or a death."""
         stubs = {f"stub {stub.pid}": stub for stub in self.server.stubs()}
-        self._health.watch([_SERVER, *(stub.model for stub in stubs.values())])
         with _Watch() as watch:
             watch.add(self._signals.fileno(), _STOP)
             watch.add_process(self.server.pid, _SERVER)
