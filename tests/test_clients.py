@@ -66,6 +66,8 @@ def test_what_the_server_says_of_itself(client: Any) -> None:
     assert client.max_batch_size() == LIMIT
     assert client.labels() == ("greeting", "nap", "other", "größe")
     assert client.steps() == ("worker",)
+    assert client.configuration()["platform"] == "ensemble"
+    assert client.configuration("worker")["backend"] == "python"
     assert client.models() == tuple(millibert.ModelState(name, "1", "READY", "") for name in ("echo", "worker"))
     assert (client.server().name, client.server().version[:2]) == ("triton", "2.")
     before = client.statistics()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,6 @@ def _run(target: Target, make: Callable[[Requests], Load], arrival: Arrival, sec
         found = generator.send(make(requests))
     spent, between = stages(client, before, client.statistics())
     summary = summarise(outcomes(found), seconds)
-    server = client.server()
     return Run(
         tool="millibert",
         url=target.url,
@@ -68,10 +68,20 @@ def _run(target: Target, make: Callable[[Requests], Load], arrival: Arrival, sec
         stages=spent,
         between_stages_ms=between,
         machine=describe_machine(),
-        server={"name": server.name, "version": server.version},
+        server=_server(client),
         reasons=dict(Counter(map(str, found.status[~found.answered]))),
         **summary._asdict(),
     )
+
+
+def _server(client: Client) -> dict[str, str]:
+    """Name and version, and the configuration of every model that takes part."""
+    about = client.server()
+    configurations = {
+        name: json.dumps(client.configuration(name), indent=1, sort_keys=True, ensure_ascii=False)
+        for name in (client.model, *client.steps())
+    }
+    return {"name": about.name, "version": about.version, **configurations}
 
 
 def outcomes(found: generator.Answers) -> Answers:

@@ -141,6 +141,10 @@ class AsyncClient(Calls):
         """As `Client.steps`."""
         return await self._run(self._steps(timeout))
 
+    async def configuration(self, model: str | None = None, timeout: float | None = None) -> dict[str, Any]:
+        """The configuration of a model, of this client's or of another, as the server shows it."""
+        return await self._run(self._configuration(model, timeout))
+
     async def models(self, timeout: float | None = None) -> tuple[ModelState, ...]:
         """As `Client.models`."""
         return await self._run(self._models(timeout))

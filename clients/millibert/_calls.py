@@ -95,6 +95,9 @@ class Calls(Asking):
     def _config(self, timeout: float | None) -> Steps[Config]:
         return self._document("config", self.protocol.config(self.model), read_config, timeout)
 
+    def _configuration(self, model: str | None, timeout: float | None) -> Steps[dict[str, Any]]:
+        return self._document("config", self.protocol.config(model or self.model), dict, timeout)
+
     def _max_batch_size(self, timeout: float | None) -> Steps[int]:
         return (yield from self._config(timeout)).max_batch_size
 

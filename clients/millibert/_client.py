@@ -152,6 +152,13 @@ class Client(Calls):
         """Of an ensemble, the models that it runs, in order; of another model, none."""
         return self._run(self._steps(timeout))
 
+    def configuration(self, model: str | None = None, timeout: float | None = None) -> dict[str, Any]:
+        """The configuration of a model, of this client's or of another, as the server shows it.
+
+        gRPC leaves out what has its default and writes large numbers as strings, HTTP does not.
+        """
+        return self._run(self._configuration(model, timeout))
+
     def models(self, timeout: float | None = None) -> tuple[ModelState, ...]:
         """All models of the server's repository, and whether they are ready."""
         return self._run(self._models(timeout))
