@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 SCENARIO := build/scenarios/customer_service.toml
 REPOSITORY := model_repository
 
-.PHONY: demo build serve bench bench-peers bench-overload bench-soak bench-clients test lint format clean help
+.PHONY: demo build serve bench bench-peers bench-overload bench-soak bench-clients scaling test lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-overload  twice the capacity for a minute: who is answered, how fast, and what follows"
 	@echo "make bench-soak      200,000 requests: does memory stay flat"
 	@echo "make bench-clients   our clients against tritonclient by hand, classify_many against perf_analyzer"
+	@echo "make scaling   replicas, cost and the autoscaler in simulation, from a measured curve (needs kubectl)"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the environment, checkpoints and the built repository"
@@ -60,6 +61,16 @@ bench-soak: $(INSTALLED) $(REPOSITORY)/release.json
 
 bench-clients: $(INSTALLED) $(REPOSITORY)/release.json
 	@$(BIN)/python -m load.bench_clients $(MEASURED) $(BENCH)
+
+CURVE := docs/scaling/curve.json
+
+# What docs/scaling.md shows, and its pictures.
+scaling: $(INSTALLED)
+	@$(BIN)/python -m load.capacity --curve $(CURVE) --plot docs/scaling/curve.svg
+	@$(BIN)/python -m load.autoscaling --curve $(CURVE) --manifests k8s/overlays/prod-cpu --plot docs/scaling
+	@$(BIN)/python -m load.autoscaling --curve $(CURVE) --manifests k8s/overlays/prod-cpu --scenario day --target 2 3 4 5 6 8
+	@$(BIN)/python -m load.autoscaling --curve $(CURVE) --manifests docs/scaling/hpa-cpu
+	@$(BIN)/python -m load.autoscaling --curve $(CURVE) --manifests docs/scaling/hpa-cpu --scenario day --target 0.6 0.7 0.8 0.9
 
 test: $(INSTALLED)
 	@$(BIN)/pytest

@@ -25,7 +25,7 @@ class Objective:
     limit: float
 
     def __str__(self) -> str:
-        return f"{self.name}<{self.limit:.4g}ms" if self.name in LATENCIES else f"{self.name}<{100 * self.limit:.4g}%"
+        return f"{self.name}<{self.limit:.6g}ms" if self.name in LATENCIES else f"{self.name}<{100 * self.limit:.4g}%"
 
 
 @dataclass(frozen=True)

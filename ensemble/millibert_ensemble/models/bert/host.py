@@ -20,7 +20,8 @@ class Host:
     """`model.onnx` in a folder, in the engine, precision and layout that the config's parameters name."""
 
     def __init__(self, folder: Path, parameters: dict[str, str], max_texts: int, pb_utils: Any) -> None:
-        threads, max_tokens = cpu_limit(), int(parameters["max_tokens"])
+        # All that the CPU limit allows, unless the config says how many (`millibert tune-serving` tries).
+        threads, max_tokens = int(parameters.get("threads", "0")) or cpu_limit(), int(parameters["max_tokens"])
         self._engine = ENGINES[parameters["engine"]](folder / "model.onnx", parameters["precision"], threads)
         self._arrange = LAYOUTS[parameters["layout"]]
         packed = parameters["layout"] == "packed"

@@ -1,0 +1,1 @@
+"""What `load.capacity` and `load.autoscaling` reckon with: a measured service curve, manifests, and how these act."""
