@@ -6,11 +6,11 @@ A source is a file of texts (`test.csv`), or words at random with a stated distr
     synthetic:uniform:min=3,max=40
     synthetic:fixed:words=12
 
-Lengths are in words; `mean` is that of the distribution before what is shorter than one word or longer than `max` is cut
-to these. Each takes `count` (1000) and `seed` (0) too, and the same source gives the same texts everywhere.
+Lengths are in words; `mean` is that of the distribution before what is shorter than one word or longer than `max` is
+cut to these. Each takes `count` (1000) and `seed` (0) too, and the same source gives the same texts everywhere.
 
-What is right is asked once, before the load: the best label, and the second one where it is almost as good, because
-texts share batches with others under load, and another batch may round differently.
+What is right is asked once, before the load: the best label, and others that are almost as good, because texts share
+batches with others under load, and another batch may round differently.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from millibert._labelled_texts import read_texts
 from millibert._types import Classification
 
 SYNTHETIC = "synthetic:"
-# Scores closer than this may change places in another batch.
-_MARGIN = 0.02
+# Scores closer than this may change places in another batch: with int8 on Banking77, 8 of 3,080 texts of which the
+# scores were up to 0.031 apart.
+_MARGIN = 0.05
+_CANDIDATES = 3
 _MOST_TEXTS = 1_000_000
 _USUAL_COUNT, _USUAL_SEED, _USUAL_LONGEST = 1000, 0, 128
 # Plain words, nearly all of them one token of a BERT vocabulary, so that a number of words is about one of tokens.
-_WORDS = tuple(
-    "the my a your this that is was has not can could would please help me with when where why how what account card "
-    "money payment order parcel delivery address phone email password name bank transfer charge fee price refund return "
-    "shop product size color blue small large wrong broken late lost new old first last two three days week month today "
-    "yesterday tomorrow morning again still never always already back before after from to for and or but if because".split()
-)
+_WORDS = """
+the my a your this that is was has not can could would please help me with when where why how what account card money
+payment order parcel delivery address phone email password name bank transfer charge fee price refund return shop
+product size color blue small large wrong broken late lost new old first last two three days week month today
+yesterday tomorrow morning again still never always already back before after from to for and or but if because
+""".split()  # noqa: SIM905 - a list would be eighty lines
 
-Integers = npt.NDArray[np.int64]
 Right = tuple[frozenset[str], ...]
 
 
@@ -63,7 +64,7 @@ def read_source(source: str, text_column: str = "text") -> Texts:
 
 def ask_reference(client: Client, texts: Sequence[str]) -> Right:
     """Which best labels count as right, for each text; raises `ServiceError` where the server does not answer all."""
-    top_k = min(2, len(client.labels()))
+    top_k = min(_CANDIDATES, len(client.labels()))
     return tuple(map(_right, client.classify(list(texts), top_k)))
 
 
