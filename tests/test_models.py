@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,10 +206,26 @@ class Tensor(NamedTuple):
     array: np.ndarray
 
 
+class Family:
+    """A family of counters; each keeps its count in `refused`, by reason."""
+
+    COUNTER = "counter"
+    refused: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, name, description, kind):
+        assert (name, kind) == ("millibert_refused_requests_total", self.COUNTER)
+
+    def Metric(self, labels):  # noqa: N802 - Triton's name
+        assert labels["model"] == "postprocess"
+        return SimpleNamespace(increment=lambda value: self.refused.update({labels["reason"]: value}))
+
+
 @pytest.fixture
 def postprocess(monkeypatch, tmp_path):
     """The postprocessor on plain arrays: what it answers to one request with these logits."""
+    Family.refused.clear()
     triton = SimpleNamespace(
+        MetricFamily=Family,
         Tensor=Tensor,
         TritonError=TritonError,
         InferenceResponse=lambda tensors=(), error=None: error or {each.name: each.array for each in tensors},
@@ -225,7 +242,7 @@ def postprocess(monkeypatch, tmp_path):
         values = {"problem": problem, "temperature": "2.0", "top_k": str(top_k)}
         config = {"parameters": {name: {"string_value": value} for name, value in values.items()}}
         model = module.TritonPythonModel()
-        repository = {"model_repository": str(tmp_path), "model_version": folder.name}
+        repository = {"model_name": "postprocess", "model_repository": str(tmp_path), "model_version": folder.name}
         model.initialize({"model_config": json.dumps(config), **repository})
         requests = [
             SimpleNamespace(logits=np.array(rows, np.float32), parameters=lambda given=given: given)
@@ -276,11 +293,13 @@ def test_what_is_wrong_with_a_request_is_told_to_that_one_only(postprocess):
     assert answers[2] == TritonError("the engine returned NaN for this request", TritonError.INTERNAL)
     assert answers[3]["LABEL_ID"].tolist() == [[2, 0], [0, 1]]
     assert answers[3]["LABEL"].tolist() == [[b"label 2", b"label 0"], [b"label 0", b"label 1"]]
+    assert Family.refused == {"invalid": 1}
 
 
 def test_requests_that_are_all_wrong_are_all_told_so(postprocess):
     answers = postprocess("single_label", [0.5], [[1]], [[1]], top_k=1, parameters=['{"top_k": 0}'] * 2)
     assert [answer.code for answer in answers] == [TritonError.INVALID_ARG] * 2
+    assert Family.refused == {"invalid": 2}
 
 
 LABELS = ["größe", "b", "c", "d", "你"]
