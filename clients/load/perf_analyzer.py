@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -123,8 +124,9 @@ def arguments(load: PerfLoad) -> list[str]:
         window_ms = round(1000 * load.seconds / _WINDOWS)
         given += ["--measurement-interval", str(window_ms), "--stability-percentage", str(_STABILITY_PERCENT)]
         return [*given, "--concurrency-range", str(load.concurrency)]
-    # By their number, so that what is under way at the end counts too. Threads that wait could not send on time.
-    given += ["--request-count", str(max(_FEWEST, round(load.rate * load.seconds)))]
+    # By their number, so that what is under way at the end counts too; it takes none below what is due in a second.
+    given += ["--request-count", str(max(_FEWEST, math.ceil(load.rate * max(1.0, load.seconds))))]
+    # Threads that wait could not send on time.
     given += ["--async", "--max-threads", str(_THREADS), "--request-rate-range", repr(load.rate)]
     return [*given, "--request-distribution", "poisson" if load.poisson else "constant"]
 
@@ -291,7 +293,7 @@ def _run_program(given: Sequence[str], export: Path, load: PerfLoad) -> None:
 def _complaint(said: str) -> str:
     """What went wrong, which it says before much else."""
     lines = [line for line in said.splitlines() if "had error:" in line or line.startswith("error:")]
-    return lines[0].strip() if lines else said.strip()[-500:]
+    return (lines or said.strip().splitlines() or ["it says nothing"])[0].strip()
 
 
 def _asked(load: PerfLoad) -> str:

@@ -42,7 +42,7 @@ COMMANDS = {
     "stages": Command("millibert.stages_command", "where a served model's time goes, on a live server", None),
     "load": Command("load.load_command", "load on a served model, and whether it keeps its objectives", "load"),
     "perf": Command("load.perf_command", "a served model, or one of its stages, measured with perf_analyzer", "load"),
-    "tune-serving": Command("load.tune_serving", "instances, threads and batches with the highest rate", "load"),
+    "tune-serving": Command("load.tune_serving", "instances, threads and batches with the highest rate", "build"),
     "load-report": Command("load.report_command", "one page about runs under load, and their regressions", "load"),
     "evaluate": Command("millibert.evaluate_command", "accuracy measured through a server", None),
 }
