@@ -103,8 +103,9 @@ def test_the_commands_of_the_page_work(service, tmp_path):
         if arguments[0] == "load-report":
             (tmp_path / "second.json").write_bytes((tmp_path / "first.json").read_bytes())
         done = millibert(*arguments, *(shorter if arguments[0] == "load" else []), cwd=tmp_path)
-        assert done.returncode in (0, 1), done.stderr
-        assert "Traceback" not in done.stderr
+        # A busy machine may miss the page's objectives; a command that failed would have said nothing but why.
+        assert done.returncode == 0 or arguments[0] != "stages", done.stderr
+        assert done.stdout, done.stderr
     assert isinstance(read_runs(tmp_path / "first.json")[0], Run)
     for page in ("report.html", "compared.html"):
         assert (tmp_path / page).stat().st_size > 10_000

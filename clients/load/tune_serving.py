@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     check_replaceable(args.out)
     trials = _Trials(args, release)
     own = read_settings(args.repository, cpu_limit())
-    best = _climb(trials, own, int(release["max_texts"]) if "max_texts" in release else own.batch)
+    best = _climb(trials, own, int(release["max_texts"]))
     if trials.rate(best) is None:
         raise MillibertError(f"no settings keep {','.join(map(str, args.slo))} on this machine at any rate")
     comparison = trials.compare(own, best) if best != own else None
@@ -165,7 +165,7 @@ class _Trials:
         return found.rate
 
     def compare(self, own: Settings, best: Settings) -> dict[str, Any]:
-        """Closed loop in turns, both servers up, and the best one's rate tried for both."""
+        """Run both in turns at the best one's rate, both servers up."""
         rate = self.rate(best) or 0.0
         p99: dict[Settings, list[float]] = {own: [], best: []}
         with self._served(own) as one, self._served(best) as other:

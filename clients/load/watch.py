@@ -136,7 +136,9 @@ def _shared_memory(server: list[psutil.Process]) -> int:
     names: set[str] = set()
     for process in server:
         try:
-            names |= {entry.path for entry in process.memory_maps() if entry.path.startswith(_REGIONS)}
-        except psutil.NoSuchProcess:
+            # Not smaps, which psutil reads: the kernel walks all pages for that, and the server waits meanwhile.
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
+        names |= {line[line.index(_REGIONS) :] for line in lines if _REGIONS in line}
     return sum(path.stat().st_size for path in map(Path, names) if path.exists())
