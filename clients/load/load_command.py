@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spacing", choices=("poisson", "even"), default="poisson", help="of an open loop")
     parser.add_argument("--duration", type=positive_float, default=20.0, metavar="S", help="default: %(default)g")
     parser.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--slo", type=_slo, metavar="OBJECTIVES", help='such as "p99<25ms,errors<0.1%%"')
+    parser.add_argument("--slo", type=slo.slo_argument, metavar="SLO", help='"p99<25ms,errors<0.1%%"')
     parser.add_argument("--no-check", action="store_true", help="count answers without looking at their labels")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the runs there, as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about them there (.html)")
@@ -207,10 +207,3 @@ def _line(name: str, found: dict[str, Any] | None, factor: float, unit: str) -> 
 
 def _written(objectives: tuple[slo.Objective, ...]) -> str:
     return ",".join(map(str, objectives))
-
-
-def _slo(text: str) -> tuple[slo.Objective, ...]:
-    try:
-        return slo.parse_slo(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -28,7 +28,7 @@ from typing import Any
 from load.comparison import Change, Comparison, compare
 from load.report_page import Result, judge_repeats, write_page
 from load.results import Run, read_runs
-from load.slo import Objective, parse_slo
+from load.slo import slo_argument
 from millibert._errors import UsageError
 
 __all__ = ["configure", "read_runs", "run"]
@@ -37,7 +37,7 @@ __all__ = ["configure", "read_runs", "run"]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `millibert load-report`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="the load of the first run is judged")
-    parser.add_argument("--slo", type=_slo, default=(), metavar="OBJECTIVES", help='such as "p99<25ms,errors<0.1%%"')
+    parser.add_argument("--slo", type=slo_argument, default=(), metavar="SLO", help='"p99<25ms,errors<0.1%%"')
     parser.add_argument("--previous", type=Path, nargs="+", metavar="FILE", help="runs to compare with")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page (.html); it is replaced")
     parser.add_argument("--fail-on-regression", action="store_true", help="end with 1 where a figure is worse")
@@ -121,10 +121,3 @@ def _percent(change: Change) -> str:
     unit = " points" if change.unit == "share" else " %"
     band = "" if change.band is None else f" (noise: up to {100 * change.band:.2g}{unit})"
     return f"{100 * (change.change or 0.0):+.2f}{unit}{band}"
-
-
-def _slo(text: str) -> tuple[Objective, ...]:
-    try:
-        return parse_slo(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

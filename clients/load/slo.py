@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,14 @@ def parse_slo(text: str) -> tuple[Objective, ...]:
     if doubled := {name for name in names if names.count(name) > 1}:
         raise UsageError(f"{text!r} limits {', '.join(sorted(doubled))} twice")
     return objectives
+
+
+def slo_argument(text: str) -> tuple[Objective, ...]:
+    """`parse_slo` for argparse."""
+    try:
+        return parse_slo(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def judge(objectives: Sequence[Objective], figures: Mapping[str, float | None]) -> tuple[Verdict, ...]:

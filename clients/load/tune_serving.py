@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `millibert tune-serving`."""
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tuned release goes")
-    parser.add_argument("--slo", type=_slo, required=True, metavar="OBJECTIVES", help='such as "p99<25ms,errors<0.1%%"')
+    parser.add_argument("--slo", type=slo.slo_argument, required=True, metavar="SLO", help='"p99<25ms,errors<0.1%%"')
     parser.add_argument(
         "--texts", default="synthetic:lognormal:mean=15,sigma=0.6", metavar="SOURCE", help="as of `millibert load`"
     )
@@ -239,10 +239,3 @@ def _table(document: dict[str, Any]) -> str:
 
 def _each(values: list[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
-
-
-def _slo(text: str) -> tuple[slo.Objective, ...]:
-    try:
-        return slo.parse_slo(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
