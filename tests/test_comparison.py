@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from load.comparison import BETWEEN_STAGES, Comparison, Judgement, compare, describe_arrival, quantile
+from load.comparison import BETWEEN_STAGES, Comparison, Judgement, compare, describe_arrival
+from load.noise import quantile
 from load.results import Answers, Arrival, Histogram, Outcome, Run, Stage, summarise
 
 

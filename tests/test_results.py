@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from load.results import Answers, Arrival, Outcome, Run, joined, summarise, write_runs
+from load.results import Answers, Arrival, Outcome, Resources, Run, growth, joined, summarise, write_runs
 from millibert import UsageError
 
 
@@ -96,3 +96,30 @@ def test_what_is_no_run_is_told(run: Run, tmp_path) -> None:
 def test_parts_are_joined() -> None:
     part = answers(np.array([0.1]), np.array([1.0]))
     assert len(joined([part, part]).due) == 2
+
+
+def looks(server_mib: list[float], shared_mib: float | None = 1.0) -> list[Resources]:
+    return [
+        Resources(at=at, cpus={}, memory_mib={"tritonserver": mib, "bert": mib, "load": 50.0 * at},
+                  shared_memory_mib=shared_mib)
+        for at, mib in enumerate(server_mib)
+    ]  # fmt: skip
+
+
+def test_growth_is_of_the_server_after_its_first_tenth() -> None:
+    # The first tenth may grow as it likes, and one look finds a batch at work; what the load takes does not count.
+    held = [10.0, 500.0, *[99.5] * 16, 109.5, 109.5]
+    assert growth(looks(held)) == pytest.approx(20 / 200)
+    assert growth(looks([100.0] * 20)) == 0
+    assert growth(looks([*[99.5] * 18, 89.5, 89.5])) == pytest.approx(-20 / 200)
+
+
+def test_leaked_shared_memory_is_growth() -> None:
+    held = [look.model_copy(update={"shared_memory_mib": 10.0 * at}) for at, look in enumerate(looks([100.0] * 10))]
+    assert growth(held) == pytest.approx(80 / 210)
+
+
+def test_what_was_not_seen_has_no_growth() -> None:
+    elsewhere = [look.model_copy(update={"memory_mib": {"load": 1.0}}) for look in looks([1.0] * 20, None)]
+    assert growth(elsewhere) is None
+    assert growth(looks([1.0] * 9)) is None

@@ -16,7 +16,7 @@ def test_objectives_are_read_in_the_units_people_write() -> None:
 
 
 def test_an_objective_is_written_as_it_is_read() -> None:
-    objectives = parse_slo("p99.9<12.5ms,refused<2%")
+    objectives = parse_slo("p99.9<12.5ms,refused<2%,growth<5%")
     assert parse_slo(",".join(map(str, objectives))) == objectives
 
 
@@ -29,6 +29,7 @@ def test_an_objective_is_written_as_it_is_read() -> None:
         ("p99<25", "in us, ms or s"),
         ("p99<25%", "in us, ms or s"),
         ("errors<1ms", "in %"),
+        ("growth<5MiB", "in %"),
         ("p98<1ms", "there is no figure 'p98'"),
         ("errors<0%", "nothing is below 0"),
         ("p99<1ms,p99<2ms", "limits p99 twice"),

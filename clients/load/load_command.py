@@ -5,6 +5,7 @@ examples:
   millibert load --url … --model … --texts test.csv --slo "p99<50ms" --find-rate --report report.html
   millibert load --url … --model … --texts test.csv --under-way 64 --duration 60 --repeats 3 --out run.json
   millibert load --url … --model … --slo "p99<50ms" --rate 400 --previous run.json --report report.html
+  millibert load --url … --model … --slo "errors<1%,growth<3%" --rate 400 --duration 600 --repeats 1 --report soak.html
 
 --rate sends so many requests a second whatever the server does (an open loop): by default at random intervals, like
 those of many independent callers (a Poisson process), and latencies count from the moment that a request was due. A
@@ -16,6 +17,9 @@ warm-up is found in the latencies and left out; so is whether a run was steady. 
 judged by the medians, and how far the runs lie apart is shown.
 
 --find-rate looks for the highest rate that keeps the SLO, by halving, and then tries that for the full duration.
+
+An SLO names latencies (mean, p50, p90, p95, p99, p99.9, max), shares of the requests (errors, refused, timeouts, wrong)
+and, where the server runs on this machine, "growth": of its memory, from the first tenth of a run to its end.
 
 The load comes from this machine: where the server shares it, the load's CPU time (shown) is part of the result.
 
@@ -32,11 +36,10 @@ from typing import Any
 from tqdm import tqdm
 
 from load import repeats, slo
-from load.results import Run, write_runs
+from load.results import LOAD, Run, write_runs
 from load.runs import Target, run_closed, run_open
 from load.search import highest_rate
 from load.texts import ask_reference, read_source
-from load.watch import CLIENT
 from millibert._address import parse_address
 from millibert._arguments import add_service, open_client, positive_float, positive_int
 from millibert._client import Client
@@ -162,7 +165,7 @@ def _document(args: argparse.Namespace, runs: list[Run], tried: list[Run]) -> di
 
 def _load_cpus(runs: list[Run]) -> float | None:
     """CPUs that the load itself took, on average."""
-    seen = [look.cpus[CLIENT] for made in runs for look in made.resources]
+    seen = [look.cpus[LOAD] for made in runs for look in made.resources]
     return sum(seen) / len(seen) if seen else None
 
 
@@ -185,6 +188,8 @@ def _table(document: dict[str, Any]) -> str:
         *(_line(f"{name} ms", found[name], 1.0, "") for name in slo.LATENCIES),
         *(_line(name, found[name], 100.0, " %") for name in slo.SHARES),
     ]
+    if found[slo.GROWTH] is not None:
+        lines.append(_line(slo.GROWTH, found[slo.GROWTH], 100.0, " % of the server's memory"))
     if not document["steady"]:
         lines.append("not steady: latencies changed during a run; above its capacity a server falls behind ever more")
     if document["load_cpus"] is not None:
@@ -200,7 +205,9 @@ def _line(name: str, found: dict[str, Any] | None, factor: float, unit: str) -> 
     each = ", ".join(f"{factor * value:,.2f}" for value in found["each"])
     reach = ""
     if found["interval"] is not None:
-        low, high = (max(0.0, factor * value) for value in found["interval"])
+        # Nothing that was never below 0 can be, whatever Student says; memory can shrink.
+        least = min(0.0, *found["each"])
+        low, high = (factor * max(least, value) for value in found["interval"])
         reach = f"  95 % of the mean: {low:,.2f} to {high:,.2f}"
     return f"{name:>12} {factor * found['median']:>10,.2f}{unit}  (runs: {each}){reach}"
 

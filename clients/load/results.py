@@ -22,6 +22,8 @@ from millibert._errors import UsageError
 
 Floats = npt.NDArray[np.float64]
 FORMAT = "millibert-load-run/1"
+# Among the processes, the one that sends.
+LOAD = "load"
 # A hundred bins from 0.1 ms to 100 s, evenly on a logarithmic scale.
 _EDGES_MS = np.geomspace(0.1, 1e5, 101)
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99.9": 99.9}
@@ -183,7 +185,7 @@ class Run(_Model):
     """What was said where there was no right answer, and how often."""
 
     def figures(self) -> dict[str, float | None]:
-        """What an SLO may name: latencies in milliseconds, shares from 0 to 1."""
+        """What an SLO may name: latencies in milliseconds, shares from 0 to 1, growth from -1."""
         counts, latency = self.counts, self.latency_ms
         sent = max(1, counts.sent)
         named = latency.model_dump() if latency else dict.fromkeys(Latency.model_fields)
@@ -194,7 +196,7 @@ class Run(_Model):
             "timeouts": counts.timed_out / sent,
             "wrong": counts.wrong / sent,
         }
-        return {**named, **shares}
+        return {**named, **shares, "growth": growth(self.resources)}
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -207,6 +209,22 @@ class Run(_Model):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the document"
             raise UsageError(f"{path} is not a run in the form {FORMAT}: {where}: {first['msg']}") from error
+
+
+def growth(looks: Sequence[Resources]) -> float | None:
+    """By how much of itself the server's memory, of all its processes and shared, grew after the first tenth of a run.
+
+    Medians of the second and the last tenth, as one look may find a large batch at work. None where the server was not
+    seen, or not long enough.
+    """
+    held = [
+        sum(mib for name, mib in look.memory_mib.items() if name != LOAD) + (look.shared_memory_mib or 0.0)
+        for look in looks
+    ]
+    tenth = len(held) // 10
+    if not tenth or not any(held):
+        return None
+    return float(np.median(held[-tenth:]) / np.median(held[tenth : 2 * tenth]) - 1)
 
 
 class Summary(NamedTuple):

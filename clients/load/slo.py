@@ -13,6 +13,8 @@ from millibert._errors import UsageError
 # What may stand before the `<`; latencies in milliseconds, shares from 0 to 1.
 LATENCIES = ("mean", "p50", "p90", "p95", "p99", "p99.9", "max")
 SHARES = ("errors", "refused", "timeouts", "wrong")
+# A share as well, but not of requests: by how much the server's memory grew.
+GROWTH = "growth"
 _MILLISECONDS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
 _OBJECTIVE = re.compile(r"(?P<name>[a-z0-9.]+)\s*<\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z%]*)")
 _EXAMPLE = "p99<25ms,errors<0.1%"
@@ -35,7 +37,7 @@ class Verdict:
 
     objective: Objective
     measured: float | None
-    """None: nothing was answered, so there is no latency."""
+    """None: nothing was answered, so there is no latency; or the server's memory could not be seen."""
 
     @property
     def held(self) -> bool:
@@ -92,10 +94,10 @@ def _parse(text: str) -> Objective:
     name, number, unit = match["name"], float(match["number"]), match["unit"]
     if name in LATENCIES:
         limit = number * _factor(_MILLISECONDS, unit, text, "a time, in us, ms or s")
-    elif name in SHARES:
+    elif name in (*SHARES, GROWTH):
         limit = number * _factor({"%": 0.01}, unit, text, "a share, in %")
     else:
-        raise UsageError(f"{text!r}: there is no figure {name!r}; there are {', '.join((*LATENCIES, *SHARES))}")
+        raise UsageError(f"{text!r}: there is no figure {name!r}; there are {', '.join((*LATENCIES, *SHARES, GROWTH))}")
     if limit <= 0:
         raise UsageError(f"{text!r}: nothing is below {number:g}; the smallest share that can be asked for is above 0")
     return Objective(name, limit)

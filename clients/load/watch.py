@@ -13,7 +13,7 @@ from types import TracebackType
 
 import psutil
 
-from load.results import Resources, Stage
+from load.results import LOAD, Resources, Stage
 from millibert._address import parse_address
 from millibert._client import Client
 from millibert._statistics import Counters
@@ -22,7 +22,6 @@ from millibert_ensemble.cpu_time import SERVER, server_at
 
 _PERIOD_SECONDS = 1.0
 _REGIONS = "/dev/shm/"  # noqa: S108 - where Triton's are
-CLIENT = "load"
 
 
 class Watch:
@@ -68,15 +67,15 @@ class Watch:
     def _processes(self) -> dict[str, list[psutil.Process]]:
         """By what they do: the server, each model, and the load itself with all that it started."""
         here = psutil.Process()
-        found = {CLIENT: [here, *here.children(recursive=True)]}
+        found = {LOAD: [here, *here.children(recursive=True)]}
         if self._server is None:
             return found
         found[SERVER] = _existing([self._server])
         for stub in processes.stubs(self._server):
             found.setdefault(stub.model, []).extend(_existing([stub.pid]))
         # A server that this process has started is no part of the load.
-        apart = {process.pid for name, group in found.items() if name != CLIENT for process in group}
-        found[CLIENT] = [process for process in found[CLIENT] if process.pid not in apart]
+        apart = {process.pid for name, group in found.items() if name != LOAD for process in group}
+        found[LOAD] = [process for process in found[LOAD] if process.pid not in apart]
         return found
 
 

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 import millibert_build.report
 from load import repeats
-from load.comparison import CONFIDENCE, Comparison, compare, describe_arrival
+from load.comparison import Comparison, compare, describe_arrival
+from load.noise import CONFIDENCE
 from load.report_page import charts, resource_charts, words
 from load.report_page.verdict import cautions, judge_repeats
 from load.results import Run
