@@ -73,7 +73,8 @@ scaling: $(INSTALLED)
 	@$(BIN)/python -m load.autoscaling --curve $(CURVE) --manifests docs/scaling/hpa-cpu --scenario day --target 0.6 0.7 0.8 0.9
 
 test: $(INSTALLED)
-	@$(BIN)/pytest
+	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest -m slow
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

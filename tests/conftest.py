@@ -34,6 +34,17 @@ STOP_SECONDS = 45
 CUSTOMER_SERVICE = Path(__file__).parents[1] / "build" / "scenarios" / "customer_service"
 
 
+# What a test with one of these needs is a real server, or a release that is built.
+_SLOW = {"triton", "release", "tensorrt_release"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a server or a release, so that all else can run first, and on all CPUs."""
+    for item in items:
+        if _SLOW & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("e2e"):
+            item.add_marker("slow")
+
+
 @dataclass
 class RunningServer:
     """`millibert serve` in a process of its own, and where it can be reached."""

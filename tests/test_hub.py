@@ -16,6 +16,8 @@ import pytest
 
 pa = pytest.importorskip("pyarrow")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# The hub's client tries five times, and waits for 23 s in all.
+AT_ONCE = "import time; time.sleep = lambda seconds: None"
 LOAD = """
 import json, sys
 from millibert import UsageError
@@ -79,11 +81,11 @@ def hub(tmp_path_factory):
         server.shutdown()
 
 
-def load(endpoint: str, home: Path, dataset: str, split: str):
+def load(endpoint: str, home: Path, dataset: str, split: str, script: str = LOAD):
     # The client reads its settings when it is imported, hence a process of its own.
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, dataset, split], env={**os.environ, **settings}, capture_output=True, text=True
+        [sys.executable, "-c", script, dataset, split], env={**os.environ, **settings}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -104,6 +106,6 @@ def test_a_data_set_that_is_not_there(hub, tmp_path):
 def test_a_hub_that_is_not_there(tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as closed:
         port = closed.server_port
-    message = load(f"http://127.0.0.1:{port}", tmp_path, "shop/intents", "train")
+    message = load(f"http://127.0.0.1:{port}", tmp_path, "shop/intents", "train", script=AT_ONCE + LOAD)
     assert "hub:shop/intents: cannot fetch it" in message
     assert "a local copy (.csv, .jsonl) works too" in message

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.misbehaving import Proxy
 
-from load.locust_run import LOCUSTFILE, LocustLoad, read_requests, run, send
+from load.locust_run import LOCUSTFILE, LocustLoad, arguments, read_requests, run, send
 from load.locust_shapes import SHAPES, Schedule, levels_of
 from millibert._errors import MillibertError, UsageError
 
@@ -209,6 +212,54 @@ def _requests(server: RunningServer) -> dict[str, int]:
 
     with millibert.connect(server.http_url, MODEL) as client:
         return {name: counters.requests for name, counters in client.statistics().items()}
+
+
+@pytest.mark.e2e
+@needs_locust
+@pytest.mark.parametrize("url", ["grpc_url", "http_url"])
+def test_a_server_that_goes_away_and_comes_back(
+    server: RunningServer, texts: Callable[..., str], tmp_path: Path, url: str
+) -> None:
+    target = urllib.parse.urlsplit(getattr(server, url))
+    assert target.port is not None
+    with ThreadPoolExecutor(1) as pool:
+        with Proxy(target.port) as proxy:
+            here = f"{target.scheme}://127.0.0.1:{proxy.port}"
+            load = LocustLoad(here, {MODEL: 1}, texts("hello"), 6.0, rate=40.0, timeout=2.0)
+            before = _requests(server)[MODEL]
+            sending = pool.submit(send, load, tmp_path)
+            _wait_for(lambda: _requests(server)[MODEL] - before, lambda count: count >= 40)
+        time.sleep(1.0)
+        with Proxy(target.port, port=proxy.port):
+            sent = read_requests(sending.result(60))
+    answers = sent.answers
+    # The load did not wait: it was sent as it was due, and everything has an outcome.
+    assert len(answers.due) == 240
+    assert set(answers.outcome) == {"answered", "failed"}
+    assert sum(sent.reasons.values()) == (answers.outcome == "failed").sum()
+    answered, failed = (answers.due[answers.outcome == outcome] for outcome in ("answered", "failed"))
+    assert 20 <= len(failed) <= 160
+    # Away for a while, and then back.
+    assert answered.min() < failed.min() < failed.max() < answered.max()
+
+
+@pytest.mark.e2e
+@needs_locust
+def test_ctrl_c_ends_a_load_and_keeps_what_was_measured(
+    server: RunningServer, texts: Callable[..., str], tmp_path: Path
+) -> None:
+    load = LocustLoad(server.grpc_url, {MODEL: 1}, texts("hello"), 600.0, rate=50.0)
+    given = [*arguments(load), "--requests-file", str(tmp_path / "requests")]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *given]
+    before = _requests(server)[MODEL]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        _wait_for(lambda: _requests(server)[MODEL] - before, lambda count: count >= 50)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    found = read_requests(sorted(tmp_path.glob("requests.*"))).answers
+    assert 50 <= len(found.due) < 50 * 60
+    assert set(found.outcome) == {"answered"}
 
 
 @pytest.mark.e2e

@@ -17,6 +17,7 @@ usage
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -102,8 +103,8 @@ class _Service:
         return perf_analyzer.run(load, self.expected)
 
     def locust(self, under_way: int) -> Run:
-        source = self.folder / "texts.txt"
-        source.write_text("\n".join(self.texts), encoding="utf-8")
+        source = self.folder / "texts.jsonl"
+        source.write_text("\n".join(json.dumps({"text": text}) for text in self.texts), encoding="utf-8")
         return locust_run.run(
             LocustLoad(self.url, {self.client.model: 1.0}, str(source), self.seconds, users=under_way)
         )
@@ -114,8 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if find() is None:
         raise UsageError(f"{PROGRAM} is not here: `python -m load.install_perf_analyzer` installs it")
     texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
-    # One line each for Locust; each once, as perf_analyzer names a text in its answers, not its place.
-    texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
+    # Each once, as perf_analyzer names a text in its answers, not its place.
+    texts = list(dict.fromkeys(texts))
     cases: list[dict[str, Any]] = []
     with (
         TritonServer(args.repository, ports=ANY_PORTS) as server,

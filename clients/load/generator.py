@@ -1,6 +1,7 @@
 """Our own load, in a process of its own: closed loop (so many requests under way) or open loop (so many a second).
 
-Requests are laid out once and sent as bytes, so that it takes little of the CPU that it may share with the server.
+Requests are laid out once and sent as bytes, so that it takes little of the CPU that it may share with the server. A
+closed loop has a thread for each request under way, an open one, which may have any number, an event loop.
 
 In open loop requests are due at constant intervals, or at random ones like those of many independent callers (a
 Poisson process), whatever the server does, and a latency counts from the moment that its request was due: a server, or
@@ -12,14 +13,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from load.blocking import Send, open_blocking
 from load.transports import ANSWERED, BUSY, Requests, Transport, open_transport
 from millibert._errors import MillibertError, UsageError
 from millibert._perf_analyzer import Measurement, Refused
@@ -28,7 +33,7 @@ from millibert._perf_analyzer import Measurement, Refused
 _WARM_UP = 0.2
 # An open loop wakes this often and sends all that is due; a timer for each request would take more CPU.
 _TICK_SECONDS = 0.001
-# After an open loop has sent its last request.
+# In a closed loop for each answer, in an open one after it has sent its last request.
 _PATIENCE_SECONDS = 30.0
 # A server that refuses at once would otherwise be asked again as fast as this process can.
 _MOST_REQUESTS = 5_000_000
@@ -113,32 +118,52 @@ def send(load: Load) -> Answers:
 
 
 def _run(load: Load) -> Answers:
-    return asyncio.run(_send(load))
-
-
-async def _send(load: Load) -> Answers:
-    found: list[tuple[float, float, str]] = []
-    async with open_transport(load.requests) as transport:
-        await (_open_loop if load.phases else _closed_loop)(load, transport, found)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    found = asyncio.run(_open_loop(load)) if load.phases else _closed_loop(load)
     due, latency, status = zip(*found, strict=True)
     return Answers(np.array(due), np.array(latency), np.array(status))
 
 
-async def _closed_loop(load: Load, transport: Transport, found: list[tuple[float, float, str]]) -> None:
+def _end_with_parent() -> None:
+    """A load whose command was killed would go on and nobody would know where it comes from."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# When a request was due, how long it took, and what became of it.
+_Found = list[tuple[float, float, str]]
+
+
+def _closed_loop(load: Load) -> _Found:
+    """A thread for each request under way."""
     requests = itertools.cycle(load.requests.each)
+    under_way = load.concurrency or 1
+    most = _MOST_REQUESTS // under_way
     start = time.perf_counter()
     end = start + load.seconds
 
-    async def one_under_way() -> None:
-        while (sent := time.perf_counter()) < end and len(found) < _MOST_REQUESTS:
-            status = await transport.send(next(requests))
+    def one_under_way(send: Send) -> _Found:
+        found: _Found = []
+        while (sent := time.perf_counter()) < end and len(found) < most:
+            status = send(next(requests))
             found.append((sent - start, time.perf_counter() - sent, status))
+        return found
 
-    await asyncio.gather(*(one_under_way() for _ in range(load.concurrency or 0)))
+    with open_blocking(load.requests, _PATIENCE_SECONDS) as make, ThreadPoolExecutor(under_way) as pool:
+        parts = pool.map(one_under_way, [make() for _ in range(under_way)])
+        return sorted(itertools.chain.from_iterable(parts), key=lambda each: each[0] + each[1])
 
 
-async def _open_loop(load: Load, transport: Transport, found: list[tuple[float, float, str]]) -> None:
+async def _open_loop(load: Load) -> _Found:
+    async with open_transport(load.requests) as transport:
+        return await _send_what_is_due(load, transport)
+
+
+async def _send_what_is_due(load: Load, transport: Transport) -> _Found:
     requests = itertools.cycle(load.requests.each)
+    found: _Found = []
     start = time.perf_counter()
 
     async def one(due: float) -> None:
@@ -162,6 +187,7 @@ async def _open_loop(load: Load, transport: Transport, found: list[tuple[float, 
             raise MillibertError(
                 f"{len(late):,} requests had no answer {_PATIENCE_SECONDS:g} s after the last was sent"
             )
+    return found
 
 
 def due_times(phases: Sequence[Phase], seed: int = 0) -> list[float]:

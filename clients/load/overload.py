@@ -30,6 +30,7 @@ from millibert._labelled_texts import read_labelled_texts
 from millibert_ensemble.server import TritonServer
 
 _CONCURRENCY = 64
+_CAPACITY_SECONDS = 5.0
 _USUAL, _OVER = 0.8, 2.0
 # What is asked for.
 _SLOWER, _RECOVERY_SECONDS = 4.0, 5.0
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
     with TritonServer(args.repository) as server:
         url, model = server.grpc_url, server.services[0]
-        closed = Load(triton_requests(url, model, texts), seconds=5.0, concurrency=_CONCURRENCY)
+        closed = Load(triton_requests(url, model, texts), seconds=_CAPACITY_SECONDS, concurrency=_CONCURRENCY)
         capacity = statistics.median(measure(closed, 1).texts_per_second for _ in range(4))
         phases = (
             Phase(_USUAL * capacity, args.usual_seconds),

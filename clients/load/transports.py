@@ -1,4 +1,7 @@
-"""Requests laid out once and sent as bytes, over gRPC and HTTP; their answers are compared with what they should be."""
+"""Requests laid out once and sent as bytes, over gRPC and HTTP; their answers are compared with what they should be.
+
+The transports here are for asyncio, with any number of requests under way; `load.blocking` has those for threads.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,22 @@ def _http_request(texts: Sequence[str], queue_timeout_ms: float | None) -> Reque
     return Request(bytes(body), {"Inference-Header-Content-Length": str(json_size)})
 
 
+def judged_grpc(answer: bytes, request: Request) -> str:
+    """`ANSWERED`, or `WRONG` where the answer's labels are not those that are wanted."""
+    if request.wanted is None or are_right(best_labels_grpc(answer), request.wanted):
+        return ANSWERED
+    return WRONG
+
+
+def judged_http(status: int, body: bytes, headers: Mapping[str, str], request: Request) -> str:
+    """The same; or the status, where it is not 200."""
+    if status != 200:
+        return f"HTTP {status}"
+    if request.wanted is None or are_right(best_labels_http(body, headers), request.wanted):
+        return ANSWERED
+    return WRONG
+
+
 @contextlib.asynccontextmanager
 async def open_transport(requests: Requests) -> AsyncIterator[Transport]:
     """The transport that the url's scheme names."""
@@ -126,9 +145,7 @@ class _Grpc:
             answer = await self._call(request.body)
         except self._error as error:
             return str(error.code().name)
-        if request.wanted is not None and not are_right(best_labels_grpc(answer), request.wanted):
-            return WRONG
-        return ANSWERED
+        return judged_grpc(answer, request)
 
     async def close(self) -> None:
         await self._channel.close()
@@ -150,11 +167,7 @@ class _Http:
                 body = await answer.read()
         except self._error as error:
             return type(error).__name__
-        if answer.status != 200:
-            return f"HTTP {answer.status}"
-        if request.wanted is not None and not are_right(best_labels_http(body, answer.headers), request.wanted):
-            return WRONG
-        return ANSWERED
+        return judged_http(answer.status, body, answer.headers, request)
 
     async def close(self) -> None:
         await self._session.close()

@@ -44,6 +44,8 @@ DEFAULT_TIMEOUT = 10.0
 """Seconds a call may take where nobody says otherwise."""
 LONGEST_TIMEOUT = 86_400.0
 """Seconds; beyond a day a timeout is a mistake, and gRPC overflows far beyond it."""
+# Another attempt with less time than this would end by its deadline, and hide why the ones before it failed.
+_WORTH_A_TRY_SECONDS = 0.02
 _log = logging.getLogger("millibert")
 
 
@@ -220,7 +222,9 @@ class Asking:
             pause = 0.0 if untried else self._retry.pause(len(tried)) if patient else None
         else:
             pause = None
-        if pause is None or (patient and len(tried) >= self._retry.attempts) or pause >= question.left():
+        if pause is None or (patient and len(tried) >= self._retry.attempts):
+            return None
+        if pause + _WORTH_A_TRY_SECONDS >= question.left():
             return None
         return pause if self._budget.take() else None
 
