@@ -89,6 +89,9 @@ def test_a_wrong_request_gets_its_own_error_and_spoils_nothing(server):
             tensor.set_data_from_numpy(as_bytes(b"\xff"))
             with pytest.raises(InferenceServerException, match="not UTF-8"):
                 raw.infer("support", [tensor])
+            tensor.set_data_from_numpy(as_bytes(b"fine"))
+            with pytest.raises(InferenceServerException, match="queue_timeout_ms must be a positive number"):
+                raw.infer("support", [tensor], parameters={"queue_timeout_ms": -1})
         with pytest.raises(millibert.InvalidRequest, match="top_k"):
             client.classify("fine", top_k=99)
         return ""

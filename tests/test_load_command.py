@@ -8,12 +8,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.conftest import CUSTOMER_SERVICE
 
 from load.results import Run, read_runs
+from millibert import connect
 
 PAGE = (Path(__file__).parents[1] / "docs" / "load.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(line) for line in re.findall(r"^    (millibert .+)$", PAGE, re.MULTILINE)]
@@ -70,6 +73,25 @@ def test_the_rate_that_is_found_keeps_the_slo_and_higher_ones_were_tried(service
     assert status in (0, 1)  # the rate is tried once more at the end, and a machine may have changed its mind
     assert found["arrival"]["rate"] in [tried["rate"] for tried in found["tried"]]
     assert "<svg" in page.read_text()
+
+
+def test_a_load_that_is_killed_sends_no_more(service):
+    where = ["--url", service.grpc_url, "--model", service.models[0], *LOAD[:2]]
+    command = [sys.executable, "-m", "millibert.cli", "load", *where, "--rate", "20", "--duration", "60", "--no-check"]
+    with (
+        connect(service.grpc_url, service.models[0]) as client,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL) as process,
+    ):
+        before = client.statistics()[client.model].requests
+        deadline = time.monotonic() + 60
+        while client.statistics()[client.model].requests < before + 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        senders = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert senders
+    _, alive = psutil.wait_procs(senders, timeout=10)
+    assert alive == []
 
 
 @pytest.mark.parametrize(

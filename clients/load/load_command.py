@@ -16,7 +16,8 @@ Answers are checked: each text is asked once before the load, and an answer with
 warm-up is found in the latencies and left out; so is whether a run was steady. A load is run --repeats times; an SLO is
 judged by the medians, and how far the runs lie apart is shown.
 
---find-rate looks for the highest rate that keeps the SLO, by halving, and then tries that for the full duration.
+--find-rate looks for the highest rate that keeps the SLO, by halving, and then tries that in full, --repeats times for
+--duration; where that is too much after all, it goes down in steps of 5 %.
 
 An SLO names latencies (mean, p50, p90, p95, p99, p99.9, max), shares of the requests (errors, refused, timeouts, wrong)
 and, where the server runs on this machine, "growth": of its memory, from the first tenth of a run to its end.
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ from millibert._errors import MillibertError, UsageError
 # What the guess of a search is measured with.
 _GUESS_UNDER_WAY, _GUESS_SECONDS = 16, 3.0
 _GUESS_SHARE = 0.5
+# A search hears of each rate once, and briefly; where what it found is not kept for the full time, it is too high.
+_STEP, _MOST_STEPS = 0.95, 6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +96,13 @@ def run(args: argparse.Namespace) -> int:
                     f"no rate keeps {_written(args.slo)}: the lowest that was tried was {tried[-1].arrival.rate:.0f}/s"
                 )
             args.rate = rate
-        runs = [
-            _one(args, target, number) for number in tqdm(range(args.repeats), desc="runs", leave=False, disable=None)
-        ]
+        runs = _repeats(args, target)
+        for _ in range(_MOST_STEPS if args.find_rate else 0):
+            if _is_held(args, runs):
+                break
+            tried += runs
+            args.rate *= _STEP
+            runs = _repeats(args, target)
     document = _document(args, runs, tried)
     if args.out is not None:
         write_runs(args.out, runs)
@@ -116,6 +124,17 @@ def _target(args: argparse.Namespace, client: Client) -> Target:
 
 def _encoded(labels: frozenset[str]) -> frozenset[bytes]:
     return frozenset(label.encode() for label in labels)
+
+
+def _repeats(args: argparse.Namespace, target: Target) -> list[Run]:
+    numbers = tqdm(range(args.repeats), desc="runs", leave=False, disable=None)
+    if args.rate is not None:
+        numbers.set_postfix_str(f"{args.rate:,.0f}/s")
+    return [_one(args, target, number) for number in numbers]
+
+
+def _is_held(args: argparse.Namespace, runs: Sequence[Run]) -> bool:
+    return all(verdict.held for verdict in slo.judge(args.slo, repeats.medians(runs)))
 
 
 def _one(args: argparse.Namespace, target: Target, number: int) -> Run:

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from .host import Host
 from .ranking import Ranker, tensors
-from .tokenization import decode, load, tokenize
+from .tokenization import decode, load, requested_timeout, tokenize
 
 # The same family in every model; monitoring adds them up.
 _REFUSED = ("millibert_refused_requests_total", "Requests that a model answered with an error of their own.")
@@ -40,6 +40,8 @@ class TritonPythonModel:
         for index, request in enumerate(requests):
             try:
                 wanted = self._ranker.requested_top_k(request.parameters())
+                # Only looked at: Triton does not say when a request came, so that nobody here knows how long it waited.
+                requested_timeout(request.parameters(), 0)
                 texts[index] = decode(pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy())
                 top_k[index] = wanted
             except ValueError as error:
