@@ -45,7 +45,7 @@ DEFAULT_TIMEOUT = 10.0
 LONGEST_TIMEOUT = 86_400.0
 """Seconds; beyond a day a timeout is a mistake, and gRPC overflows far beyond it."""
 # Another attempt with less time than this would end by its deadline, and hide why the ones before it failed.
-_WORTH_A_TRY_SECONDS = 0.02
+_WORTH_A_TRY_SECONDS = 0.005
 _log = logging.getLogger("millibert")
 
 
