@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.test_packed_bert import LIMIT, TOLERANCE, reference, small_bert, texts
 
 from millibert_build.export import export_packed, export_padded
-from millibert_ensemble.models.bert.engines import ENGINES, EngineError, fastest, median_seconds
+from millibert_ensemble.models.bert.engines import ENGINES, EngineError, OpenVino, _Requests, fastest, median_seconds
 from millibert_ensemble.models.bert.host import Host
 from millibert_ensemble.models.bert.inference import infer, packed, padded
 from millibert_ensemble.models.bert.packing import alone, pack_rows
@@ -226,3 +230,45 @@ def test_a_ledger_tells_every_kind_that_has_a_metric_and_no_other():
     told: list[str] = []
     Ledger(lambda kind, _: told.append(kind)).add([pack_rows([np.ones(3, np.int32)])], 0.0)
     assert sorted(told) == sorted(KINDS)
+
+
+class _Counting:
+    """A compiled form whose executions note how many there are at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def create_infer_request(self) -> _Counting:
+        return self
+
+    def infer(self, inputs: Any, share_inputs: bool) -> list[Any]:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.05)
+        with self._lock:
+            self.now -= 1
+        return [np.zeros((1, 1), np.float32)]
+
+
+def test_kernels_for_new_sizes_are_made_one_at_a_time() -> None:
+    engine: Any = object.__new__(OpenVino)
+    engine._requests, engine._making = _Requests(), threading.Lock()
+    form = _Counting()
+    # Equal numbers of tokens in grids of their own: what once gave wrong logits.
+    parts = [pack_rows([np.ones(8, np.int32)] * 2), pack_rows([np.ones(4, np.int32)] * 4)]
+    start = threading.Barrier(2)
+
+    def run(part: Any) -> int:
+        start.wait()
+        engine._run(part, form)
+        first = form.most
+        start.wait()
+        engine._run(part, form)
+        return first
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, parts)) == [1, 1]
+    # Known sizes run side by side.
+    assert form.most == 2
