@@ -290,8 +290,7 @@ def test_an_endpoint_that_hangs_is_left_out(form: str, port: int) -> None:
         for _ in range(20):
             try:
                 assert client.classify("hello").label == "greeting"
-            except (millibert.Timeout, millibert.Unavailable):
-                # gRPC's own limit for a connection and the call's deadline are over at the same moment.
+            except millibert.Timeout:
                 late += 1
     assert 1 <= late <= 5
 

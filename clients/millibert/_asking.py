@@ -44,8 +44,8 @@ DEFAULT_TIMEOUT = 10.0
 """Seconds a call may take where nobody says otherwise."""
 LONGEST_TIMEOUT = 86_400.0
 """Seconds; beyond a day a timeout is a mistake, and gRPC overflows far beyond it."""
-# Another attempt with less time than this would end by its deadline, and hide why the ones before it failed.
-_WORTH_A_TRY_SECONDS = 0.005
+# An attempt after a pause with less time than this would end by its deadline, and hide why those before it failed.
+_WORTH_A_PAUSE_SECONDS = 0.02
 _log = logging.getLogger("millibert")
 
 
@@ -224,7 +224,7 @@ class Asking:
             pause = None
         if pause is None or (patient and len(tried) >= self._retry.attempts):
             return None
-        if pause + _WORTH_A_TRY_SECONDS >= question.left():
+        if (pause + _WORTH_A_PAUSE_SECONDS if pause else 0.0) >= question.left():
             return None
         return pause if self._budget.take() else None
 
