@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from tests.test_packed_bert import LIMIT, TOLERANCE, reference, small_bert, texts
 
-from millibert_build.export import export_packed, export_padded
+from millibert_build.export import export_packed, export_padded, export_rows
+from millibert_build.layouts import packed
+from millibert_ensemble.models.bert import engines
 from millibert_ensemble.models.bert.engines import ENGINES, EngineError, OpenVino, _Requests, fastest, median_seconds
 from millibert_ensemble.models.bert.host import Host
-from millibert_ensemble.models.bert.inference import infer, packed, padded
-from millibert_ensemble.models.bert.packing import alone, pack_rows
+from millibert_ensemble.models.bert.inference import in_rows, infer, padded
+from millibert_ensemble.models.bert.rows import shapes
+from millibert_ensemble.models.bert.warmup import warm_up
 from millibert_ensemble.models.bert.work import KINDS, METRIC, Ledger, work_of
 
 
@@ -30,9 +33,9 @@ def model():
 @pytest.fixture(scope="module")
 def folders(model, tmp_path_factory) -> dict[str, Path]:
     """A folder with the `model.onnx` of each layout, of the same weights."""
-    folders: dict[str, Path] = {layout: tmp_path_factory.mktemp(layout) for layout in ("packed", "padded")}
-    export_packed(model, LIMIT, folders["packed"] / "model.onnx")
-    export_padded(model, LIMIT, folders["padded"] / "model.onnx")
+    folders: dict[str, Path] = {layout: tmp_path_factory.mktemp(layout) for layout in ("rows", "padded", "packed")}
+    for export, folder in zip((export_rows, export_padded, export_packed), folders.values(), strict=True):
+        export(model, LIMIT, folder / "model.onnx")
     return folders
 
 
@@ -47,34 +50,76 @@ def assert_agrees(logits, expected) -> None:
 # Engines.
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_logits_of_divided_parts_are_those_text_by_text_also_with_forms_for_some_shapes(model, folders, kind):
-    engine = ENGINES[kind](folders["packed"] / "model.onnx", "fp32", 2)
+@pytest.fixture(params=["openvino", "openvino, large", "onnxruntime"])
+def engine(request, folders, monkeypatch):
+    """Each engine on the graph of rows, with two streams; OpenVINO also as it runs a graph that is large."""
+    kind, _, large = request.param.partition(", ")
+    if large:
+        monkeypatch.setattr(engines, "_SMALL", 0)
+    return ENGINES[kind](folders["rows"] / "model.onnx", "fp32", 2, few_shapes=True)
+
+
+def test_logits_of_divided_batches_are_those_text_by_text_also_after_a_warm_up(model, engine):
     assert engine.streams == 2
     batch, singles = requests_of(5, 40, 1, LIMIT, 17, 9, 33, 12, 16, 25), requests_of(1, 7, 16, 17, 32, 33, LIMIT)
-    parts = packed(batch, engine.streams)
-    assert len(parts) > engine.streams
+    parts = in_rows(batch, engine.streams)
+    assert len(parts) >= engine.streams
     expected = reference(model, [request[0] for request in batch])
     expected_alone = reference(model, [request[0] for request in singles])
     assert np.abs(expected).max() > 1  # the tolerance means something
 
-    for _ in ("in any shape", "in forms of their own"):
+    for _ in ("at once", "warmed up"):
         assert_agrees(infer(engine, parts), expected)
-        assert_agrees([engine.infer(pack_rows([request[0]]))[0] for request in singles], expected_alone)
-        assert_agrees(engine.infer_all([pack_rows([batch[1][0], batch[0][0]])])[0], expected[[1, 0]])
-        engine.specialise(alone(LIMIT))
+        assert_agrees([infer(engine, in_rows([single], 2))[0] for single in singles], expected_alone)
+        warm_up(engine, "rows", 4, LIMIT)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_outputs_are_kept_while_the_engine_goes_on(folders, kind):
-    engine = ENGINES[kind](folders["packed"] / "model.onnx", "fp32", 2)
-    parts = [pack_rows([row]) for row in texts(5, 20, 9)]
+def test_outputs_are_kept_while_the_engine_goes_on(engine):
+    parts = [in_rows([request], 1)[0].inputs for request in requests_of(5, 20, 9)]
     first = engine.infer_all(parts)
     kept = [logits.copy() for logits in first]
     engine.infer_all(parts[::-1])
     engine.infer(parts[1])
     for logits, before in zip(first, kept, strict=True):
         np.testing.assert_array_equal(logits, before)
+
+
+class _CountingLock:
+    def __init__(self) -> None:
+        self.taken = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("small", [128 * 2**20, 0])
+def test_no_traffic_brings_a_shape_that_a_warmed_up_engine_does_not_know(folders, monkeypatch, small):
+    monkeypatch.setattr(engines, "_SMALL", small)
+    engine: Any = ENGINES["openvino"](folders["rows"] / "model.onnx", "fp32", 2, few_shapes=True)
+    engine._making = making = _CountingLock()
+    warm_up(engine, "rows", 64, LIMIT)
+    assert making.taken >= 2 * len(shapes(LIMIT))  # each on both streams
+    forms = dict(engine._forms._made)
+    assert len(forms) == (len(shapes(LIMIT)) if small else 1)
+    making.taken = 0
+    generator = np.random.default_rng(0)
+    for count in [1, 2, 3, 5, 8, 20, 64] * 4:
+        infer(engine, in_rows(requests_of(*generator.integers(1, LIMIT + 1, count)), 2))
+    assert making.taken == 0
+    assert engine._forms._made == forms
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_graph_whose_inputs_have_any_shape(model, folders, kind):
+    engine = ENGINES[kind](folders["packed"] / "model.onnx", "fp32", 2)
+    for lengths in ((5, 20, 9), (LIMIT,), (3, 3)):
+        rows = texts(*lengths)
+        assert_agrees(engine.infer(packed([row.tolist() for row in rows])), reference(model, rows))
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -155,17 +200,17 @@ def parameters(engine: str, layout: str) -> dict[str, str]:
     return {"engine": engine, "precision": "fp32", "layout": layout, "max_tokens": str(LIMIT)}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_host_answers_in_order_and_counts_what_it_was_asked(model, folders, engine):
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_host_answers_in_order_and_counts_what_it_was_asked(model, folders, kind):
     metrics = Metrics()
-    host = Host(folders["packed"], parameters(engine, "packed"), 4, metrics.pb_utils())
+    host = Host(folders["rows"], parameters(kind, "rows"), 4, metrics.pb_utils())
     assert metrics.names == [METRIC]
     assert not metrics.counted  # the warm-up is no traffic
-    assert [line.rsplit(",", 1)[0] for line in metrics.log] == [f"{engine} fp32"]
+    assert [line.rsplit(",", 1)[0] for line in metrics.log] == [f"{kind} fp32"]
 
     (request,) = requests_of(5)
     assert_agrees(host.infer([request]), reference(model, request))
-    assert metrics.counted == {"text": 5, "computed": 16, "attention": 16}
+    assert metrics.counted == {"text": 5, "computed": 16}
 
     # Not padding, one row at a time: a request of two texts, of which one is shorter.
     two = np.array([np.pad(row, (0, 30 - len(row))) for row in texts(30, 11)], np.int32)
@@ -180,29 +225,34 @@ def test_a_host_of_the_padded_graph(model, folders):
     rows = texts(16, 7, 12)
     ids = np.array([np.pad(row, (0, 16 - len(row))) for row in rows], np.int32)
     assert_agrees(host.infer([ids[:1], ids[1:]]), reference(model, rows))
-    assert metrics.counted == {"text": 35, "computed": 48, "attention": 48}
+    assert metrics.counted == {"text": 35, "computed": 48}
 
 
 # The count of the work.
 
 
-def test_work_of_packed_inputs():
-    rows = [np.full(9, 7, np.int32), np.full(20, 7, np.int32)]
-    # 29 tokens are rounded up to 32; the grid is of 2 texts, as wide as the longest one rounded up to 24.
-    assert work_of(pack_rows(rows)) == {"text": 29, "computed": 32, "attention": 48}
-    assert work_of(pack_rows(rows[1:])) == {"text": 20, "computed": 32, "attention": 32}
+def work_in_rows(*lengths: int) -> Counter[str]:
+    (part,) = in_rows([np.full((1, length), 7, np.int32) for length in lengths], 1)
+    return work_of(part.inputs)
+
+
+def test_work_of_rows():
+    # 29 tokens share a row of 32.
+    assert work_in_rows(9, 20) == {"text": 29, "computed": 32}
+    assert work_in_rows(9) == {"text": 9, "computed": 16}
 
 
 def test_work_of_padded_inputs():
     ids = np.array([[2, 8, 8, 3], [2, 3, 0, 0], [2, 8, 3, 0]], np.int32)
     ((_, inputs),) = padded([ids], 1)
-    assert work_of(inputs) == {"text": 9, "computed": 12, "attention": 12}
+    assert work_of(inputs) == {"text": 9, "computed": 12}
 
 
 def test_a_ledger_tells_at_once_and_then_after_its_interval_and_loses_nothing():
     told: list[tuple[str, int]] = []
     ledger = Ledger(lambda kind, tokens: told.append((kind, tokens)), every_seconds=1.0)
-    inputs = pack_rows([np.ones(9, np.int32), np.ones(20, np.int32)])
+    (part,) = in_rows(requests_of(9, 20), 1)
+    inputs = part.inputs
 
     def news() -> dict[str, int]:
         new = dict(told)
@@ -211,33 +261,36 @@ def test_a_ledger_tells_at_once_and_then_after_its_interval_and_loses_nothing():
         return new
 
     ledger.add([inputs], 100.0)
-    assert news() == {"text": 29, "computed": 32, "attention": 48}
+    assert news() == {"text": 29, "computed": 32}
     ledger.add([inputs, inputs], 100.3)
     ledger.add([inputs], 100.9)
     assert news() == {}
     ledger.add([inputs], 101.0)
-    assert news() == {"text": 4 * 29, "computed": 4 * 32, "attention": 4 * 48}
+    assert news() == {"text": 4 * 29, "computed": 4 * 32}
     # The interval counts from when it told the last time.
     ledger.add([inputs], 101.9)
     assert news() == {}
     ledger.add([], 500.0)
-    assert news() == {"text": 29, "computed": 32, "attention": 48}
+    assert news() == {"text": 29, "computed": 32}
     ledger.add([], 501.0)
     assert news() == {}
 
 
 def test_a_ledger_tells_every_kind_that_has_a_metric_and_no_other():
     told: list[str] = []
-    Ledger(lambda kind, _: told.append(kind)).add([pack_rows([np.ones(3, np.int32)])], 0.0)
+    Ledger(lambda kind, _: told.append(kind)).add([in_rows(requests_of(3), 1)[0].inputs], 0.0)
     assert sorted(told) == sorted(KINDS)
 
 
 class _Counting:
-    """A compiled form whose executions note how many there are at once."""
+    """A compiled form whose executions note how many there are at once, and all forms there are."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
         self._lock = threading.Lock()
+
+    def of(self, _: Any) -> _Counting:
+        return self
 
     def create_infer_request(self) -> _Counting:
         return self
@@ -252,23 +305,23 @@ class _Counting:
         return [np.zeros((1, 1), np.float32)]
 
 
-def test_kernels_for_new_sizes_are_made_one_at_a_time() -> None:
+def test_kernels_for_new_shapes_are_made_one_at_a_time() -> None:
     engine: Any = object.__new__(OpenVino)
     engine._requests, engine._making = _Requests(), threading.Lock()
-    form = _Counting()
+    forms = _Counting()
     # Equal numbers of tokens in grids of their own: what once gave wrong logits.
-    parts = [pack_rows([np.ones(8, np.int32)] * 2), pack_rows([np.ones(4, np.int32)] * 4)]
+    parts = [packed([[1] * 8] * 2), packed([[1] * 4] * 4)]
     start = threading.Barrier(2)
 
     def run(part: Any) -> int:
         start.wait()
-        engine._run(part, form)
-        first = form.most
+        engine._run(part, forms)
+        first = forms.most
         start.wait()
-        engine._run(part, form)
+        engine._run(part, forms)
         return first
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, parts)) == [1, 1]
-    # Known sizes run side by side.
-    assert form.most == 2
+    # Known shapes run side by side.
+    assert forms.most == 2

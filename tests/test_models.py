@@ -1,4 +1,4 @@
-"""The pure functions beside each model.py: tokens, packing, ranking, CPU limits, warm-up; no engine."""
+"""The pure functions beside each model.py: tokens, texts, ranking, CPU limits, warm-up; no engine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from millibert_ensemble.models.bert import warmup
-from millibert_ensemble.models.bert.engines import shapes_of
-from millibert_ensemble.models.bert.packing import alone, check, pack, pack_rows, rows_of, unpack
+from millibert_ensemble.models.bert.texts import check, texts_of, unpack
 from millibert_ensemble.models.bert.threads import cpu_limit
 from millibert_ensemble.models.postprocess.ranking import Ranker, best, requested_top_k, sigmoid, softmax, tensors
 from millibert_ensemble.models.tokenizer.tokenization import decode, load, tokenize
@@ -80,64 +79,17 @@ def test_texts_are_decoded_in_order_and_bad_ones_are_named():
         decode(bytes_tensor(b"fine", b"no\xff"))
 
 
-def test_packing_leaves_out_padding_and_keeps_order():
+def test_texts_are_read_without_padding_and_in_order():
     requests = [
         np.array([[2, 9, 3]], np.int32),
         np.array([[2, 3, 0, 0], [2, 0, 8, 3], [0, 0, 0, 0]], np.int32),
     ]
-    assert [row.tolist() for row in rows_of(requests)] == [[2, 9, 3], [2, 3], [2, 0, 8, 3], [0]]
-    packed = pack(requests)
-    assert packed["lengths"].tolist() == [3, 2, 4, 1]
-    assert packed["input_ids"].tolist() == [2, 9, 3, 2, 3, 2, 0, 8, 3, 0] + [0] * 6
-    assert {name: (array.dtype.name, array.shape) for name, array in packed.items()} == {
-        "input_ids": ("int32", (16,)),
-        "lengths": ("int32", (4,)),
-        "max_length": ("float32", (8,)),
-        "span": ("int32", (1,)),
-    }
-
-
-def ones(*lengths: int) -> list[np.ndarray]:
-    return [np.ones(length, np.int32) for length in lengths]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "tokens", "longest"),
-    [
-        ([1], 16, 16),
-        ([16], 16, 16),
-        ([17], 32, 32),
-        ([32], 32, 32),
-        ([33], 64, 64),
-        ([64], 64, 64),
-        ([65], 80, 72),
-        ([128], 128, 128),
-        ([1, 1], 16, 8),
-        ([8, 8], 16, 8),
-        ([8, 9], 32, 16),
-        ([16, 17, 15], 48, 24),
-        ([100, 29], 144, 104),
-    ],
-)
-def test_sizes_are_rounded_up_and_what_is_added_belongs_to_no_text(lengths, tokens, longest):
-    packed = pack_rows(ones(*lengths))
-    assert packed["lengths"].tolist() == lengths
-    assert packed["input_ids"].shape == (tokens,)
-    assert packed["max_length"].shape == (longest,)
-    assert packed["input_ids"].tolist() == [1] * sum(lengths) + [0] * (tokens - sum(lengths))
+    assert [text.tolist() for text in texts_of(requests)] == [[2, 9, 3], [2, 3], [2, 0, 8, 3], [0]]
 
 
 def test_a_text_alone_is_read_as_it_came():
     """A request of one text has no padding: an id of 0 at its end is one of its tokens."""
-    assert [row.tolist() for row in rows_of([np.array([[2, 7, 0]], np.int32)])] == [[2, 7, 0]]
-    assert pack([np.array([[2, 7, 0]], np.int32)])["lengths"].tolist() == [3]
-
-
-@pytest.mark.parametrize("max_tokens", [1, 8, 15, 16, 17, 32, 48, 63, 64, 65, 128, 512])
-def test_there_is_a_form_for_every_shape_of_a_text_alone_and_for_no_other(max_tokens):
-    forms = [shapes_of(inputs) for inputs in alone(max_tokens)]
-    needed = {shapes_of(pack_rows(ones(length))) for length in range(1, min(max_tokens, 64) + 1)}
-    assert sorted(forms) == sorted(needed)
+    assert [text.tolist() for text in texts_of([np.array([[2, 7, 0]], np.int32)])] == [[2, 7, 0]]
 
 
 def test_logits_go_back_to_their_requests():
@@ -159,11 +111,9 @@ def test_a_request_that_would_spoil_its_batch_is_refused(shape, message):
         check(np.ones(shape, np.int32), 8)
 
 
-def test_warmup_covers_every_size_and_the_largest_batch():
-    seen = list(warmup.batches(max_texts=48, max_tokens=128))
-    assert {len(batch) for batch in seen if len(batch[0]) == 1} == {1, 2, 4, 8, 16, 32, 48}
-    assert seen[-1][0].shape == (48, 128)
-    assert all(row.shape[1] <= 128 for batch in seen for row in batch)
+def test_the_warm_up_of_padded_requests_covers_every_bucket_and_the_largest_batch():
+    seen = [request.shape for request in warmup.rectangles(max_texts=48, max_tokens=100)]
+    assert set(seen) == {(texts, tokens) for texts in (1, 2, 4, 8, 16, 32, 48) for tokens in (16, 32, 64, 100)}
 
 
 def test_softmax_and_sigmoid_are_probabilities_and_stable():

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from millibert import UsageError
+from millibert_build.bert_graph import check_architecture
 from millibert_build.export import MAX_IR, OPSET, PACKED_INPUTS, export_packed, export_padded
-from millibert_build.packed_bert import check_architecture
 
 LIMIT = 48
 VOCABULARY = 500

@@ -19,10 +19,11 @@ from millibert_build.engine import (
     available_precisions,
     open_engine,
     quantized_precisions,
-    run_packed,
+    run_texts,
     texts_per_second,
 )
-from millibert_build.export import MAX_IR, OPSET, export_packed
+from millibert_build.export import MAX_IR, OPSET, export_packed, export_rows
+from millibert_build.layouts import packed, without_padding
 from millibert_build.packed_bert import PackedBert
 from millibert_build.precision import HEAD, PrecisionError, assert_precision, products
 from millibert_build.quantize import (
@@ -37,7 +38,6 @@ from millibert_build.quantize import (
     write_quantized,
 )
 from millibert_ensemble.models.bert.engines import ENGINES, EngineError
-from millibert_ensemble.models.bert.packing import pack
 
 ENCODER = [
     *(
@@ -62,9 +62,9 @@ def small_bert():
 def folder(tmp_path_factory) -> Path:
     """fp32.onnx, fp16.onnx, bf16.onnx, int8.onnx and int8_dynamic.onnx of the same weights."""
     folder: Path = tmp_path_factory.mktemp("precisions")
-    export_packed(small_bert(), LIMIT, folder / "fp32.onnx")
-    export_packed(small_bert(), LIMIT, folder / "fp16.onnx", "fp16")
-    export_packed(small_bert(), LIMIT, folder / "bf16.onnx", "bf16")
+    export_rows(small_bert(), LIMIT, folder / "fp32.onnx")
+    export_rows(small_bert(), LIMIT, folder / "fp16.onnx", "fp16")
+    export_rows(small_bert(), LIMIT, folder / "bf16.onnx", "bf16")
     quantize_static(folder / "fp32.onnx", folder / "int8.onnx", batches())
     quantize_dynamic(folder / "fp32.onnx", folder / "int8_dynamic.onnx")
     return folder
@@ -76,13 +76,11 @@ def ids(count: int = 64, seed: int = 1) -> list[list[int]]:
 
 
 def batches(count: int = 64):
-    return [
-        pack([np.array([row], np.int32) for row in ids(count, seed=9)[start : start + 16]]) for start in (0, 16, 32)
-    ]
+    return without_padding(ids(count, seed=9), 16)
 
 
 def logits(path: Path, precision: str, kind: str = "openvino"):
-    return run_packed(open_engine(kind, path, precision), ids(), 16)
+    return run_texts(open_engine(kind, path, precision), ids(), 16)
 
 
 def error(result, reference) -> float:
@@ -250,7 +248,7 @@ def test_excluded_products_stay_in_floating_point(folder, reference, tmp_path):
 
 def test_products_without_biases(tmp_path):
     """A bias of zeros is not exported."""
-    export_packed(bert_without_biases(), LIMIT, tmp_path / "fp32.onnx")
+    export_rows(bert_without_biases(), LIMIT, tmp_path / "fp32.onnx")
     expected = logits(tmp_path / "fp32.onnx", "fp32")
     quantize_static(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", batches())
     assert 0 < error(logits(tmp_path / "int8.onnx", "int8"), expected) < 0.2
@@ -331,11 +329,13 @@ def test_several_files_are_measured_in_one_run(folder):
     assert all(speed > 0 for speed in speeds.values())
 
 
-def test_positions_stay_exact_in_a_large_batch_under_bf16(folder):
+def test_positions_stay_exact_in_a_large_packed_batch_under_bf16(tmp_path):
     """An engine that computes in bf16 must not count tokens in it: that ends at 256."""
     rows = ids(60)
-    one_by_one = run_packed(open_engine("openvino", folder / "bf16.onnx", "fp32"), rows, 1)
-    # As in an int8 release: bf16 where this CPU has it.
-    together = run_packed(open_engine("openvino", folder / "bf16.onnx", "int8"), rows, 60)
+    export_packed(small_bert(), LIMIT, tmp_path / "bf16.onnx", "bf16")
+    engine = ENGINES["openvino"](tmp_path / "bf16.onnx", "fp32", 2)
+    one_by_one = np.concatenate([engine.infer(packed([row])) for row in rows])
+    # bf16 where this CPU has it.
+    together = ENGINES["openvino"](tmp_path / "bf16.onnx", "int8", 2).infer(packed(rows))
     assert sum(map(len, rows)) > 1000
     assert error(together, one_by_one) < 0.08

@@ -11,14 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests.test_packed_bert import LIMIT, VOCABULARY, small_bert
 
+from millibert_build.bert_graph import MASKED
 from millibert_build.export import export_packed, export_padded
-from millibert_build.packed_bert import MASKED
+from millibert_build.layouts import packed
 from millibert_build.quantize import calibrate, write_quantized
 from millibert_build.tensorrt.profiles import accepts, nearest, profiles_of
 from millibert_build.tensorrt.readable import GraphError, check_readable, documented_operators
 from millibert_build.tensorrt.run_graph import run_graph
 from millibert_build.tensorrt.target import LAYOUTS, PRECISIONS, Target
-from millibert_ensemble.models.bert.packing import pack
 from millibert_ensemble.models.tokenizer.tokenization import _tokens
 
 EXPORTS = {"packed": export_packed, "padded": export_padded}
@@ -46,7 +46,7 @@ def graphs(tmp_path_factory, texts):
         for precision in ("fp32", "fp16", "bf16"):
             paths[layout, precision] = folder / f"{layout}_{precision}.onnx"
             export(model, LIMIT, paths[layout, precision], precision)
-    activations = calibrate(paths["packed", "fp32"], [pack([np.array([row], np.int32)]) for row in texts])
+    activations = calibrate(paths["packed", "fp32"], [packed([row]) for row in texts])
     for layout in EXPORTS:
         paths[layout, "int8"] = folder / f"{layout}_int8.onnx"
         write_quantized(paths[layout, "fp16"], paths[layout, "int8"], activations)

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from millibert._errors import UsageError
+from millibert_build.layouts import requests_of
 from millibert_ensemble.models.bert.engines import ENGINES, PRECISIONS, Engine, EngineError
-from millibert_ensemble.models.bert.inference import infer, packed
+from millibert_ensemble.models.bert.inference import in_rows, infer
 from millibert_ensemble.models.bert.threads import cpu_limit
 
 Floats = npt.NDArray[np.float32]
@@ -30,16 +31,16 @@ class Artefact(NamedTuple):
 
 
 def open_engine(kind: str, path: Path, precision: str) -> Engine:
-    """The CPU engine with as many streams as this process may use CPUs."""
+    """The CPU engine on a graph of rows, with as many streams as this process may use CPUs."""
     try:
-        return ENGINES[kind](path, precision, cpu_limit())
+        return ENGINES[kind](path, precision, cpu_limit(), few_shapes=True)
     except EngineError as error:
         raise UsageError(str(error)) from error
 
 
-def run_packed(engine: Engine, ids: Sequence[Sequence[int]], max_texts: int) -> Floats:
-    """Logits [texts, labels] in order, in packed batches of `max_texts`."""
-    return np.concatenate([infer(engine, packed(batch, engine.streams)) for batch in _batches(ids, max_texts)])
+def run_texts(engine: Engine, ids: Sequence[Sequence[int]], max_texts: int) -> Floats:
+    """Logits [texts, labels] in order, in batches of `max_texts`."""
+    return np.concatenate([infer(engine, in_rows(batch, engine.streams)) for batch in _batches(ids, max_texts)])
 
 
 def texts_per_second(
@@ -51,7 +52,7 @@ def texts_per_second(
     for _ in range(1 + ROUNDS):
         for key, engine in engines.items():
             start = time.perf_counter()
-            run_packed(engine, ids, max_texts)
+            run_texts(engine, ids, max_texts)
             seconds[key].append(time.perf_counter() - start)
     return {key: len(ids) / statistics.median(times[1:]) for key, times in seconds.items()}
 
@@ -77,4 +78,4 @@ def quantized_precisions(kind: str) -> list[str]:
 
 def _batches(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[npt.NDArray[np.int32]]]:
     for start in range(0, len(ids), size):
-        yield [np.array([row], np.int32) for row in ids[start : start + size]]
+        yield requests_of(ids[start : start + size])

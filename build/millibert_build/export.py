@@ -1,4 +1,4 @@
-"""Checkpoint to ONNX: the packed or the padded graph, dynamic in texts, tokens and longest length.
+"""Checkpoint to ONNX: the packed, the padded or the graph of rows, dynamic in all that a batch brings.
 
 The precision of a graph is explicit: casts of `packed_bert`, checked on the file by `precision.assert_precision`.
 """
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from millibert_build.packed_bert import PackedBert, PaddedBert
 from millibert_build.precision import assert_precision
+from millibert_build.rows_bert import RowsBert
 
 # The newest operator set and file format that TensorRT 10.9 and 11 both read.
 OPSET = 20
@@ -24,6 +25,7 @@ MAX_IR = 10
 
 PACKED_INPUTS = ("input_ids", "lengths", "max_length", "span")
 PADDED_INPUTS = ("input_ids", "span")
+ROWS_INPUTS = ("input_ids", "position", "text", "first")
 OUTPUT = "logits"
 
 FloatPrecision = Literal["fp32", "fp16", "bf16"]
@@ -51,6 +53,16 @@ def export_padded(model: PreTrainedModel, max_tokens: int, path: Path, precision
     texts = Dim("texts")
     shapes = {"input_ids": {0: texts, 1: Dim("longest")}, "span": {0: texts, 1: Dim("span")}}
     _export(PaddedBert(model, max_tokens, _TYPES[precision]), arguments, shapes, path)
+    assert_precision(path, precision)
+
+
+def export_rows(model: PreTrainedModel, max_tokens: int, path: Path, precision: FloatPrecision = "fp32") -> None:
+    """Write the graph of rows; see `RowsBert` for its inputs, which do not depend on the precision."""
+    grid = torch.ones((3, 7), dtype=torch.int32)
+    arguments = (grid, grid.clone(), grid.clone(), torch.zeros(4, dtype=torch.int32))
+    rows, width = Dim("rows"), Dim("width")
+    shapes = {name: {0: rows, 1: width} for name in ROWS_INPUTS[:3]}
+    _export(RowsBert(model, max_tokens, _TYPES[precision]), arguments, {**shapes, "first": {0: Dim("texts")}}, path)
     assert_precision(path, precision)
 
 

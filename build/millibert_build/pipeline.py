@@ -151,7 +151,7 @@ def _make_engines(findings: Findings, plan: Plan, precision: Precision, progress
     with progress.stage("export"):
         for shop in findings.shops:
             shop.export()
-        progress.note(", ".join(f"packed ONNX, {shop.fp32.stat().st_size / 1e6:.1f} MB" for shop in findings.shops))
+        progress.note(", ".join(f"ONNX, {shop.fp32.stat().st_size / 1e6:.1f} MB" for shop in findings.shops))
     with progress.stage("engine"):
         contenders = findings.shops if plan.unpruned else findings.shops[1:]
         findings.variants = make_variants(findings.shops, contenders, precision, findings.splits)

@@ -76,7 +76,7 @@ def describe_engine(kind: str, chosen: Variant, variants: Sequence[Variant]) -> 
     return {
         "kind": kind,
         "precision": chosen.precision,
-        "layout": "packed",
+        "layout": "rows",
         "onnx_sha256": file_sha256(chosen.onnx),
         "measured": [
             {

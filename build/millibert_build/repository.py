@@ -69,7 +69,7 @@ def write_models(folder: Path, scenario: Scenario, artefacts: Artefacts) -> None
         contract.BERT: {
             "engine": artefacts.engine,
             "precision": artefacts.precision,
-            "layout": "packed",
+            "layout": "rows",
             "cache_texts": str(scenario.serving.cache_texts),
             "max_tokens": str(scenario.max_tokens),
         },

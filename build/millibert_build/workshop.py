@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from millibert_build.batches import Encoded, encode, predict_logits
 from millibert_build.calibrate import Calibration, calibrate, save_calibration
 from millibert_build.dataset import Example, Splits
-from millibert_build.engine import Floats, open_engine, run_packed
+from millibert_build.engine import Floats, open_engine, run_texts
 from millibert_build.evaluate import Comparison, GateError, check_gates, check_pruning_gates, compare
-from millibert_build.export import export_packed
+from millibert_build.export import export_rows
+from millibert_build.layouts import without_padding
 from millibert_build.quantize import (
     Activations,
     Effect,
@@ -29,7 +27,7 @@ from millibert_build.scenario import Engine, Scenario
 from millibert_build.sparsify import check_sparsity
 from millibert_build.stages import Trained
 from millibert_build.tokens import token_ids
-from millibert_ensemble.models.bert.packing import pack
+from millibert_ensemble.models.bert.engines import Arrays
 
 # Texts to rank the products by; more only takes longer.
 _RANKING_TEXTS = 256
@@ -70,13 +68,13 @@ class Workshop:
 
     @property
     def fp32(self) -> Path:
-        """The packed fp32 graph, which the others are made from."""
+        """The fp32 graph of rows, which the others are made from."""
         return self.folder / "fp32.onnx"
 
     def export(self) -> None:
         """Write the fp32 graph; where it is to be 2:4, prove that it is."""
         self.folder.mkdir(exist_ok=True)
-        export_packed(self.trained.model, self.scenario.max_tokens, self.fp32)
+        export_rows(self.trained.model, self.scenario.max_tokens, self.fp32)
         if self.scenario.pruning.sparsity == "2:4":
             dense = [name for name, sparse in check_sparsity(self.fp32).items() if not sparse]
             if dense:
@@ -84,7 +82,7 @@ class Workshop:
 
     def logits(self, precision: str, onnx: Path, ids: Sequence[Sequence[int]]) -> Floats:
         """Logits [texts, labels] of a graph, as the server computes them."""
-        return run_packed(open_engine(self.engine, onnx, precision), ids, self.scenario.max_texts)
+        return run_texts(open_engine(self.engine, onnx, precision), ids, self.scenario.max_texts)
 
     def compare(self, logits: Floats, split: Measured) -> Comparison:
         """A graph's logits on one split against its checkpoint's."""
@@ -163,13 +161,12 @@ def _ranking(shop: Workshop, activations: Mapping[str, Activations]) -> list[Eff
     return sensitivity(shop.fp32, activations, lambda path: shop.logits("int8", path, ids), reference, scratch)
 
 
-def _calibration_batches(shop: Workshop, splits: Splits) -> list[dict[str, npt.NDArray[np.generic]]]:
-    """Some of the training texts, packed as the server packs them."""
+def _calibration_batches(shop: Workshop, splits: Splits) -> list[Arrays]:
+    """Some of the training texts."""
     count = min(shop.scenario.quantization.calibration_texts, len(splits.train))
     chosen = random.Random(shop.scenario.training.seed).sample(splits.train, count)  # noqa: S311 - texts
     ids = token_ids(shop.trained.tokenizer, [example.text for example in chosen])
-    size = shop.scenario.max_texts
-    return [pack([np.array([row], np.int32) for row in ids[i : i + size]]) for i in range(0, len(ids), size)]
+    return without_padding(ids, shop.scenario.max_texts)
 
 
 def _refusal(check: Callable[[], None]) -> str | None:

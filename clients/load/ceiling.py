@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from millibert._errors import UsageError
 from millibert_ensemble import contract
 from millibert_ensemble.models.bert.engines import ENGINES, Engine
-from millibert_ensemble.models.bert.inference import infer, packed
-from millibert_ensemble.models.bert.packing import Ids, alone
+from millibert_ensemble.models.bert.inference import in_rows, infer
+from millibert_ensemble.models.bert.texts import Ids
 from millibert_ensemble.models.bert.threads import cpu_limit
+from millibert_ensemble.models.bert.warmup import warm_up
 from millibert_ensemble.models.tokenizer.tokenization import load
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
@@ -56,7 +58,7 @@ def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> 
     seconds = []
     for _ in range(1 + rounds):
         start = time.perf_counter()
-        logits = [infer(engine, packed(batch, engine.streams)) for batch in batches]
+        logits = [infer(engine, in_rows(batch, engine.streams)) for batch in batches]
         seconds.append(time.perf_counter() - start)
     labels = np.empty(len(rows), np.intp)
     labels[order] = np.concatenate(logits).argmax(axis=1)
@@ -66,8 +68,12 @@ def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> 
 
 def _open(repository: Path, parameters: dict[str, str]) -> Engine:
     path = repository / contract.BERT / contract.VERSION / "model.onnx"
-    engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit())
-    engine.specialise(alone(int(parameters["max_tokens"])))
+    if parameters["layout"] != "rows":
+        raise UsageError(
+            f"{repository}: made by another version of millibert (layout {parameters['layout']!r}); build it anew"
+        )
+    engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit(), few_shapes=True)
+    warm_up(engine, "rows", 1, int(parameters["max_tokens"]))
     return engine
 
 
@@ -76,6 +82,6 @@ def _single(engine: Engine, rows: Sequence[Ids]) -> float:
     times: list[Any] = []
     for row in rows:
         start = time.perf_counter()
-        infer(engine, packed([row], engine.streams))
+        infer(engine, in_rows([row], engine.streams))
         times.append(time.perf_counter() - start)
     return 1000 * float(statistics.median(times))

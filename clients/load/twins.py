@@ -9,13 +9,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from google.protobuf import text_format
 
 from millibert._errors import UsageError
 from millibert_build.tensorrt.target import buckets_of
 from millibert_ensemble import contract
-from millibert_ensemble.models.bert.packing import pack
 from millibert_ensemble.models.tokenizer.tokenization import load
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
@@ -43,7 +41,7 @@ def write_padded_twin(repository: Path, checkpoint: Path, texts: Sequence[str], 
         _replace(out / name / CONFIG, text_format.MessageToString(config, as_utf8=True).encode())
     path = repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json"
     encodings = load(path).encode_batch_fast(list(texts[:_CALIBRATION_TEXTS]))
-    ids = [np.array([encoding.ids], np.int32) for encoding in encodings]
+    ids = [encoding.ids for encoding in encodings]
     graph = _padded_graph(checkpoint, max_tokens, bert.parameters["precision"].string_value, ids)
     _replace(out / contract.BERT / contract.VERSION / "model.onnx", graph)
 
@@ -57,14 +55,14 @@ def write_cached_twin(repository: Path, cached: int, out: Path) -> None:
 def write_fp32_twin(repository: Path, checkpoint: Path, out: Path) -> None:
     """The same model in fp32, for peers that compute in nothing less."""
     from millibert_build.checkpoint import load_model
-    from millibert_build.export import export_packed
+    from millibert_build.export import export_rows
 
     _check_checkpoint(checkpoint)
     shutil.copytree(repository, out, copy_function=os.link)
     limit = parse_config(repository / contract.BERT / CONFIG).parameters["max_tokens"].string_value
     path = out / contract.BERT / contract.VERSION / "model.onnx"
     path.unlink()
-    export_packed(load_model(checkpoint), int(limit), path)
+    export_rows(load_model(checkpoint), int(limit), path)
     write_parameters(out / contract.BERT / CONFIG, precision="fp32")
 
 
@@ -87,18 +85,18 @@ def _replace(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _padded_graph(checkpoint: Path, max_tokens: int, precision: str, ids: Sequence[np.ndarray]) -> bytes:  # type: ignore[type-arg]
+def _padded_graph(checkpoint: Path, max_tokens: int, precision: str, ids: Sequence[Sequence[int]]) -> bytes:
     from millibert_build.checkpoint import load_model
-    from millibert_build.export import export_packed, export_padded
+    from millibert_build.export import export_padded, export_rows
+    from millibert_build.layouts import without_padding
     from millibert_build.quantize import calibrate, quantize_dynamic, write_quantized
 
     with tempfile.TemporaryDirectory() as folder:
-        packed, padded, out = (Path(folder, f"{name}.onnx") for name in ("packed", "padded", "out"))
+        rows, padded, out = (Path(folder, f"{name}.onnx") for name in ("rows", "padded", "out"))
         export_padded(load_model(checkpoint), max_tokens, padded)
         if precision == "int8":
-            export_packed(load_model(checkpoint), max_tokens, packed)
-            batches = [pack(ids[start : start + _BATCH]) for start in range(0, len(ids), _BATCH)]
-            write_quantized(padded, out, calibrate(packed, batches))
+            export_rows(load_model(checkpoint), max_tokens, rows)
+            write_quantized(padded, out, calibrate(rows, without_padding(ids, _BATCH)))
         elif precision == "int8_dynamic":
             quantize_dynamic(padded, out)
         else:

@@ -10,7 +10,7 @@ from millibert._errors import ServerFault, Unavailable
 
 _EVERY_MODEL = "*"
 _TOKENS = re.compile(r'^millibert_tokens_total\{kind="(\w+)"\} (\S+)$', re.MULTILINE)
-TOKEN_KINDS = ("text", "computed", "attention")
+TOKEN_KINDS = ("text", "computed")
 """The values of the counters' label."""
 
 

@@ -34,7 +34,9 @@ COMMANDS = {
     "verify-gpu": Command(
         "millibert_build.verify_command", "build, check and measure the plan on a GPU node", "engine"
     ),
-    "bench-engine": Command("millibert_build.bench_engine", "packed against padded, in process", "build"),
+    "bench-engine": Command(
+        "millibert_build.bench_engine", "rows that texts share against padding, in process", "build"
+    ),
     "bench-gpu": Command("millibert_build.bench_gpu", "packed against padded on a CUDA GPU, in PyTorch", "build"),
     "serve": Command("millibert_ensemble.serve_command", "run Triton on a model repository", "serve"),
     "classify": Command("millibert.classify_command", "labels and scores of texts, from a server", None),

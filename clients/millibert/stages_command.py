@@ -122,15 +122,12 @@ def _tokens(args: argparse.Namespace) -> dict[str, float]:
         return {}
 
 
-def padding(tokens: Mapping[str, float]) -> dict[str, float] | None:
-    """Share of the engine's work that was on padding; None where that is not known.
-
-    `products`: of the tokens that products with weights computed on. `attention`: of the cells of attention's grid.
-    """
+def padding(tokens: Mapping[str, float]) -> float | None:
+    """Share of the tokens that the engine computed on that were no text; None where that is not known."""
     if not all(tokens.get(kind) for kind in TOKEN_KINDS):
         return None
-    text, computed, attention = (tokens[kind] for kind in TOKEN_KINDS)
-    return {"products": 1 - text / computed, "attention": 1 - text / attention}
+    text, computed = (tokens[kind] for kind in TOKEN_KINDS)
+    return 1 - text / computed
 
 
 def _wait(seconds: float) -> None:
@@ -183,8 +180,8 @@ def _table(report: dict[str, Any]) -> str:
         )
         lines += [_row(stage, width) for stage in report["stages"]]
         lines.append(f"{'between stages':<{width}} {'':>8} {'':>8} {'':>8} {'':>8} {report['between_stages_ms']:>8.2f}")
-    if waste := report["padding"]:
-        lines.append(f"on padding: {waste['products']:.1%} of products, {waste['attention']:.1%} of attention's grid")
+    if report["padding"] is not None:
+        lines.append(f"on padding: {report['padding']:.1%} of the tokens computed on")
     cpu = report["cpu_seconds_per_1000_requests"]
     if cpu:
         spent = ", ".join(f"{name} {value:.2f}" for name, value in sorted(cpu.items(), key=lambda item: -item[1]))

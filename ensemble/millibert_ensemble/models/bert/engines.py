@@ -1,9 +1,8 @@
-"""The CPU engines that can run the packed graph: OpenVINO and ONNX Runtime, imported when asked for.
+"""The CPU engines that can run the graphs: OpenVINO and ONNX Runtime, imported when asked for.
 
 Each thread runs executions of its own: threads that share one meet after every operator, and where other processes
-need the CPU too they wait for each other most of the time. For inputs of a few shapes there can be forms of the graph
-that are compiled for just these (see `specialise`): OpenVINO spends as long on a change of shape as on a text of usual
-length. Figures are in docs/log.md.
+need the CPU too they wait for each other most of the time. Where inputs have one of a few shapes, OpenVINO runs forms of
+the graph that are compiled for just these. Figures are in docs/log.md.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 Floats = npt.NDArray[np.float32]
 Shapes = tuple[tuple[int, ...], ...]
 
+# Each compiled form holds the weights again, and the larger they are the more of the time goes into products with them,
+# which are as fast in any shape: forms are for graphs of up to so many bytes.
+_SMALL = 128 * 2**20
 # Several threads for one execution must be this much faster; they keep the others waiting.
 _WORTH_IT = 0.85
 # Runs that a latency is the median of.
@@ -62,15 +64,18 @@ class Engine(Protocol):
         """Run the graph on each of the parts, in this order, on all streams; returns the outputs."""
         ...
 
-    def specialise(self, examples: Sequence[Arrays]) -> None:
-        """Make `infer` as fast as it can be on inputs with the shapes of these, with as many threads as are best."""
+    def prepare(self, examples: Sequence[Arrays], alone: Sequence[Arrays]) -> None:
+        """Do now what the first inputs of these shapes would wait for, on every stream.
+
+        `alone` are those whose latency counts: `infer` runs them with as many threads as are best.
+        """
         ...
 
 
 class OpenVino:
     """One thread a stream: fp32, bf16 where the CPU has it, or a Q/DQ graph in int8."""
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, few_shapes: bool = False) -> None:
         import openvino
 
         self._core = openvino.Core()
@@ -84,80 +89,107 @@ class OpenVino:
             )
         self._model = self._core.read_model(str(path))
         self._type = "bf16" if has_bf16 and precision != "fp32" else "f32"
+        self._fixed = few_shapes and path.stat().st_size <= _SMALL
         self.streams = threads
-        self._forms: dict[Shapes, Any] = {}
-        self._any_shape = self._compile(self._model, threads, streams=threads)
-        self._alone: dict[Shapes, Any] = {}
+        self._forms = self._make_forms(threads, streams=threads)
+        self._alone: dict[Shapes, _Forms] = {}
         self._pool = ThreadPoolExecutor(threads)
         self._requests = _Requests()
         self._making = threading.Lock()
 
     def infer(self, inputs: Arrays) -> Floats:
         """Run the graph once, alone; returns a copy of its output."""
-        shapes = shapes_of(inputs)
-        return self._run(inputs, self._alone.get(shapes) or self._forms.get(shapes, self._any_shape))
+        return self._run(inputs, self._alone.get(shapes_of(inputs), self._forms))
 
     def infer_all(self, parts: Sequence[Arrays]) -> list[Floats]:
         """Run the graph on each of the parts, in this order, on all streams; returns the outputs."""
         if len(parts) == 1:
             return [self.infer(parts[0])]
-        forms = [self._forms.get(shapes_of(inputs), self._any_shape) for inputs in parts]
-        return list(self._pool.map(self._run, parts, forms))
+        return list(self._pool.map(lambda inputs: self._run(inputs, self._forms), parts))
 
-    def specialise(self, examples: Sequence[Arrays]) -> None:
-        """Compile the graph for just these shapes; for `infer` with several threads, where those are clearly faster."""
-        models = [self._model.clone() for _ in examples]
-        for model, inputs in zip(models, examples, strict=True):
-            model.reshape({name: list(values.shape) for name, values in inputs.items()})
-            self._forms[shapes_of(inputs)] = self._compile(model, self.streams, self.streams)
-        threads = fastest(self.streams, lambda count: self._latency(models[0], count, examples[0]))
-        if threads > 1:
-            for model, inputs in zip(models, examples, strict=True):
-                self._alone[shapes_of(inputs)] = self._compile(model, threads)
+    def prepare(self, examples: Sequence[Arrays], alone: Sequence[Arrays]) -> None:
+        """Compile and run these shapes on every stream; for `alone` with several threads, where clearly faster."""
+        all_streams = threading.Barrier(self.streams)
 
-    def _run(self, inputs: Arrays, form: Any) -> Floats:
-        mine = self._requests
-        if id(form) not in mine.of_form:
-            mine.of_form[id(form)] = form.create_infer_request()
-        request = mine.of_form[id(form)]
-        # What kernels are made for: as many tokens, and a grid of such a size.
-        sizes = {(id(form), inputs["input_ids"].shape), (id(form), *(shapes_of(inputs)[1:]))}
-        if sizes <= mine.seen:
+        def run(_: int) -> None:
+            all_streams.wait()
+            for inputs in examples:
+                self._run(inputs, self._forms)
+
+        list(self._pool.map(run, range(self.streams)))
+        threads = fastest(self.streams, lambda count: self._latency(count, alone[0]))
+        forms = self._make_forms(threads, streams=1) if threads > 1 else self._forms
+        self._alone = {shapes_of(inputs): forms for inputs in alone}
+        for inputs in [*examples, *alone]:
+            self.infer(inputs)
+
+    def _run(self, inputs: Arrays, forms: _Forms) -> Floats:
+        form, mine = forms.of(inputs), self._requests
+        if form not in mine.of_form:
+            mine.of_form[form] = form.create_infer_request()
+        request, size = mine.of_form[form], (form, shapes_of(inputs))
+        if size in mine.seen:
             return request.infer(inputs, share_inputs=True)[0].copy()  # type: ignore[no-any-return]
         # Now OpenVINO makes kernels. Where two streams did so at the same time, it has happened that from then on one
-        # of them gave wrong logits for these sizes (docs/log.md).
+        # of them gave wrong logits for inputs of such a size (docs/log.md).
         with self._making:
             logits: Floats = request.infer(inputs, share_inputs=True)[0].copy()
-        mine.seen |= sizes
+        mine.seen.add(size)
         return logits
 
-    def _latency(self, model: Any, threads: int, inputs: Arrays) -> float:
-        request = self._compile(model, threads).create_infer_request()
+    def _latency(self, threads: int, inputs: Arrays) -> float:
+        request = self._make_forms(threads, streams=1).of(inputs).create_infer_request()
         return median_seconds(lambda: request.infer(inputs, share_inputs=True))
 
-    def _compile(self, model: Any, threads: int, streams: int = 1) -> Any:
+    def _make_forms(self, threads: int, streams: int) -> _Forms:
         options = {
             "INFERENCE_PRECISION_HINT": self._type,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": streams,
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
         }
-        return self._core.compile_model(model, "CPU", options)
+        return _Forms(self._model, self._fixed, lambda model: self._core.compile_model(model, "CPU", options))
+
+
+class _Forms:
+    """The graph compiled by OpenVINO: for each shape that comes up, or once for any."""
+
+    def __init__(self, model: Any, fixed: bool, compile_model: Callable[[Any], Any]) -> None:
+        self._model, self._fixed, self._compile = model, fixed, compile_model
+        self._made: dict[Shapes, Any] = {}
+        self._making = threading.Lock()
+
+    def of(self, inputs: Arrays) -> Any:
+        """The one that runs these inputs."""
+        shapes = shapes_of(inputs) if self._fixed else ()
+        form = self._made.get(shapes)
+        return form if form is not None else self._make(shapes, inputs)
+
+    def _make(self, shapes: Shapes, inputs: Arrays) -> Any:
+        with self._making:
+            if shapes not in self._made:
+                model = self._model
+                if self._fixed:
+                    model = model.clone()
+                    model.reshape({name: list(values.shape) for name, values in inputs.items()})
+                self._made[shapes] = self._compile(model)
+            return self._made[shapes]
 
 
 class _Requests(threading.local):
     """OpenVINO's requests by compiled form. One runs one execution at a time, so each thread has its own."""
 
     def __init__(self) -> None:
-        self.of_form: dict[int, Any] = {}
-        self.seen: set[tuple[Any, ...]] = set()
+        self.of_form: dict[Any, Any] = {}
+        self.seen: set[tuple[Any, Shapes]] = set()
         """The sizes that this thread has run."""
 
 
 class OnnxRuntime:
     """One thread a session run: fp32, a Q/DQ graph in int8, or a dynamically quantised graph."""
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, threads: int, few_shapes: bool = False) -> None:
+        del few_shapes  # shapes make no difference here
         check_precision("onnxruntime", precision)
         # Fused with their bias, the products of a Q/DQ graph would not be found by the fusion that makes them int8,
         # and run in fp32, slower than the fp32 graph.
@@ -177,15 +209,18 @@ class OnnxRuntime:
         # A session may be run by several threads at once.
         return list(self._pool.map(lambda inputs: self._session.run(None, dict(inputs))[0], parts))
 
-    def specialise(self, examples: Sequence[Arrays]) -> None:
-        """Find out how many threads are best on the first of these; shapes make no difference here."""
+    def prepare(self, examples: Sequence[Arrays], alone: Sequence[Arrays]) -> None:
+        """Run these shapes; find out how many threads are best on the first of `alone`."""
 
         def latency(threads: int) -> float:
             session = self._open(threads)
-            return median_seconds(lambda: session.run(None, dict(examples[0])))
+            return median_seconds(lambda: session.run(None, dict(alone[0])))
 
         threads = fastest(self.streams, latency)
         self._alone = self._session if threads == 1 else self._open(threads)
+        self.infer_all([*examples, *alone])
+        for inputs in alone:
+            self.infer(inputs)
 
     def _open(self, threads: int) -> Any:
         import onnxruntime
@@ -198,7 +233,7 @@ class OnnxRuntime:
 
 
 def shapes_of(inputs: Arrays) -> Shapes:
-    """What a specialised form is known by."""
+    """What a form of the graph is known by."""
     return tuple(values.shape for values in inputs.values())
 
 
@@ -222,4 +257,10 @@ def median_seconds(run: Callable[[], object]) -> float:
     return statistics.median(seconds[_RUNS:])
 
 
-ENGINES: dict[str, Callable[[Path, str, int], Engine]] = {"openvino": OpenVino, "onnxruntime": OnnxRuntime}
+class _Opens(Protocol):
+    def __call__(self, path: Path, precision: str, threads: int, few_shapes: bool = False) -> Engine:
+        """The graph at `path` with so many threads; `few_shapes` promises that inputs have one of a few shapes."""
+        ...
+
+
+ENGINES: dict[str, _Opens] = {"openvino": OpenVino, "onnxruntime": OnnxRuntime}

@@ -1,4 +1,4 @@
-"""The engine as a model of Triton holds it: specialised, warmed up, and keeping count of its work."""
+"""The engine as a model of Triton holds it: warmed up and keeping count of its work."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from .engines import ENGINES, Floats
 from .inference import LAYOUTS, infer
 from .memory import Memory
-from .packing import Ids, alone, rows_of
+from .texts import Ids, texts_of
 from .threads import cpu_limit
-from .warmup import batches, rectangles
+from .warmup import warm_up
 from .work import DESCRIPTION, KINDS, METRIC, Ledger
 
 
@@ -22,13 +22,11 @@ class Host:
     def __init__(self, folder: Path, parameters: dict[str, str], max_texts: int, pb_utils: Any) -> None:
         # All that the CPU limit allows, unless the config says how many (`millibert tune-serving` tries).
         threads, max_tokens = int(parameters.get("threads", "0")) or cpu_limit(), int(parameters["max_tokens"])
-        self._engine = ENGINES[parameters["engine"]](folder / "model.onnx", parameters["precision"], threads)
-        self._arrange = LAYOUTS[parameters["layout"]]
-        packed = parameters["layout"] == "packed"
-        if packed:
-            self._engine.specialise(alone(max_tokens))
-        for batch in batches(max_texts, max_tokens) if packed else rectangles(max_texts, max_tokens):
-            infer(self._engine, self._arrange(batch, self._engine.streams))
+        layout = parameters["layout"]
+        open_engine = ENGINES[parameters["engine"]]
+        self._engine = open_engine(folder / "model.onnx", parameters["precision"], threads, layout == "rows")
+        self._arrange = LAYOUTS[layout]
+        warm_up(self._engine, layout, max_texts, max_tokens)
         self._family = pb_utils.MetricFamily(METRIC, DESCRIPTION, pb_utils.MetricFamily.COUNTER)
         counters = {kind: self._family.Metric(labels={"kind": kind}) for kind in KINDS}
         self._ledger = Ledger(lambda kind, tokens: counters[kind].increment(tokens))
@@ -40,7 +38,7 @@ class Host:
         """Logits [texts, labels] of all texts of the requests, in their order."""
         if self._memory is None:
             return self._compute(requests)
-        return self._memory.infer(rows_of(requests), lambda rows: self._compute([row[None] for row in rows]))
+        return self._memory.infer(texts_of(requests), lambda texts: self._compute([text[None] for text in texts]))
 
     def _compute(self, requests: Sequence[Ids]) -> Floats:
         parts = self._arrange(requests, self._engine.streams)

@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from .dividing import Indices, divide
 from .engines import Engine, Floats
-from .packing import Ids, Inputs, pack_rows, rows_of
+from .rows import Inputs, arrange, divide
+from .texts import Ids, texts_of
 
 
 class Part(NamedTuple):
-    """One execution: which texts it holds, and its inputs."""
+    """One execution: which texts its first logits are of, and its inputs."""
 
-    texts: Indices
+    texts: npt.NDArray[np.int64]
     inputs: Inputs
 
 
@@ -24,15 +25,18 @@ def infer(engine: Engine, parts: Sequence[Part]) -> Floats:
     outputs = engine.infer_all([part.inputs for part in parts])
     logits = np.empty((sum(len(part.texts) for part in parts), outputs[0].shape[1]), np.float32)
     for part, rows in zip(parts, outputs, strict=True):
-        logits[part.texts] = rows
+        logits[part.texts] = rows[: len(part.texts)]
     return logits
 
 
-def packed(requests: Sequence[Ids], streams: int) -> list[Part]:
-    """Executions without padding, texts of about the same length together."""
-    rows = rows_of(requests)
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return [Part(texts, pack_rows([rows[index] for index in texts])) for texts in divide(lengths, streams)]
+def in_rows(requests: Sequence[Ids], streams: int) -> list[Part]:
+    """Executions of rows that several texts share."""
+    texts = texts_of(requests)
+    parts = []
+    for execution in divide([len(text) for text in texts], streams):
+        indices = np.array([index for row in execution.rows for index in row], np.int64)
+        parts.append(Part(indices, arrange(texts, execution)))
+    return parts
 
 
 def padded(requests: Sequence[Ids], streams: int) -> list[Part]:
@@ -42,4 +46,4 @@ def padded(requests: Sequence[Ids], streams: int) -> list[Part]:
     return [Part(texts, {"input_ids": ids[texts], "span": np.zeros((len(texts), 1), np.int32)}) for texts in shares]
 
 
-LAYOUTS: dict[str, Callable[[Sequence[Ids], int], list[Part]]] = {"packed": packed, "padded": padded}
+LAYOUTS: dict[str, Callable[[Sequence[Ids], int], list[Part]]] = {"rows": in_rows, "padded": padded}

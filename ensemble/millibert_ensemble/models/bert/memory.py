@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .engines import Floats
-from .packing import Ids
+from .texts import Ids
 
 
 class Memory:

@@ -10,7 +10,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from .host import Host
-from .packing import check, unpack
+from .texts import check, unpack
 
 # The same family in every model; monitoring adds them up.
 _REFUSED = ("millibert_refused_requests_total", "Requests that a model answered with an error of their own.")
@@ -20,7 +20,7 @@ class TritonPythonModel:
     """input_ids, deadline -> logits."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load, specialise and warm up the engine; Triton reports ready only after it."""
+        """Load and warm up the engine; Triton reports ready only after it."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._max_tokens = int(parameters["max_tokens"])

@@ -1,4 +1,4 @@
-"""Compile before the first request: run the shapes that traffic will bring."""
+"""Everything an engine is run on before the first request."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .packing import Ids
+from .engines import Engine
+from .inference import infer, padded
+from .rows import WIDTH, Execution, Inputs, Shape, arrange, shapes
+from .texts import Ids
 
 
-def batches(max_texts: int, max_tokens: int) -> Iterator[list[Ids]]:
-    """Batches of 1, 2, 4, … `max_texts` requests of mixed lengths, short ones and full ones.
-
-    The largest batch of nothing but full-length texts is among them: what it needs in memory is taken now,
-    not under load.
-    """
-    generator = np.random.default_rng(0)
-    texts = 1
-    while texts < 2 * max_texts:
-        size = min(texts, max_texts)
-        for longest in sorted({min(16, max_tokens), min(64, max_tokens), max_tokens}):
-            lengths = generator.integers(2, longest + 1, size)
-            yield [np.ones((1, int(length)), np.int32) for length in lengths]
-        texts *= 2
-    yield [np.ones((max_texts, max_tokens), np.int32)]
+def warm_up(engine: Engine, layout: str, max_texts: int, max_tokens: int) -> None:
+    """Run whatever shapes traffic will bring: of rows all there are, of padded requests the usual ones."""
+    if layout == "rows":
+        engine.prepare([_full(shape) for shape in shapes(max_tokens)], [_full(shape) for shape in _alone()])
+        return
+    for batch in rectangles(max_texts, max_tokens):
+        infer(engine, padded([batch], engine.streams))
 
 
-def rectangles(max_texts: int, max_tokens: int) -> Iterator[list[Ids]]:
-    """Batches of 1, 2, 4, … `max_texts` texts of one length, of the lengths that padding in powers of two gives."""
+def rectangles(max_texts: int, max_tokens: int) -> Iterator[Ids]:
+    """Requests of 1, 2, 4, … `max_texts` texts, of the lengths that padding in powers of two gives."""
     texts = 1
     while texts < 2 * max_texts:
         tokens = 16
         while tokens < 2 * max_tokens:
-            yield [np.ones((min(texts, max_texts), min(tokens, max_tokens)), np.int32)]
+            yield np.ones((min(texts, max_texts), min(tokens, max_tokens)), np.int32)
             tokens *= 2
         texts *= 2
+
+
+def _alone() -> Iterator[Shape]:
+    """What a short text alone has: a client waits for it."""
+    return (shape for shape in shapes(WIDTH) if shape.rows == 1)
+
+
+def _full(shape: Shape) -> Inputs:
+    """As many rows, each a text."""
+    texts = [np.ones(shape.width, np.int32)] * shape.rows
+    return arrange(texts, Execution(shape, [[row] for row in range(shape.rows)]))

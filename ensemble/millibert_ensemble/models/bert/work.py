@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from .packing import Inputs
+from .rows import Inputs
 
 # The metric and the values of its label `kind`.
 METRIC = "millibert_tokens_total"
-DESCRIPTION = "Tokens of all executions: of the texts themselves, computed on, and cells of attention's grid"
-KINDS = ("text", "computed", "attention")
+DESCRIPTION = "Tokens of all executions: of the texts themselves, and computed on"
+KINDS = ("text", "computed")
 
 
 def work_of(inputs: Inputs) -> Counter[str]:
-    """Tokens that are text, that products with weights computed on, and that attention's grid had room for."""
+    """Tokens that are text, and those that were computed on."""
     ids = inputs["input_ids"]
-    text = int((ids != 0).sum())
-    grid = inputs["lengths"].size * inputs["max_length"].size if "lengths" in inputs else ids.size
-    return Counter({"text": text, "computed": ids.size, "attention": grid})
+    return Counter({"text": int((ids != 0).sum()), "computed": ids.size})
 
 
 class Ledger:
