@@ -1,8 +1,8 @@
 """The CPU engines that can run the graphs: OpenVINO and ONNX Runtime, imported when asked for.
 
 Each thread runs executions of its own: threads that share one meet after every operator, and where other processes
-need the CPU too they wait for each other most of the time. Where inputs have one of a few shapes, OpenVINO runs forms of
-the graph that are compiled for just these. Figures are in docs/log.md.
+need the CPU too they wait for each other most of the time. Where inputs have one of a few shapes, OpenVINO runs forms
+of the graph that are compiled for just these. Figures are in docs/log.md.
 """
 
 from __future__ import annotations
