@@ -1,11 +1,13 @@
-"""Rows that texts share against padded texts: the same weights, engine, precision and texts, in one run, in process.
+"""What a layout is worth: the same weights, engine, precision and texts, padded, packed and in rows, in process.
 
 example:
   millibert bench-engine --checkpoint .millibert/banking77/checkpoint --data test.csv --text-column text
 
-Texts are taken in their order in the file. The padded graph pads each batch to its longest text, and is the same
-code with the same fused products; only the layout differs. The two take turns, round by round, and the ratio is
-the median over the rounds.
+Texts are taken in their order in the file. `padded` pads each batch to its longest text; `packed`, the graph for
+Triton's native backends, has the tokens of texts of about the same length end to end; `rows`, which the CPU engines
+run, has several texts in a row. All three are the same code with the same fused products. They take turns, round by
+round, and ratios are medians over the rounds. The int8 graphs have the scales that these very texts call for: they are
+for timing only.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from millibert_build.engine import Floats, available_precisions
-from millibert_build.layouts import rectangle, requests_of
+from millibert_build.layouts import packed, rectangle, requests_of, without_padding
 from millibert_build.release import cpu_name
 from millibert_build.scenario import Engine as EngineName
 from millibert_ensemble.models.bert.engines import ENGINES, Engine
-from millibert_ensemble.models.bert.inference import LAYOUTS, infer
+from millibert_ensemble.models.bert.inference import LAYOUTS, Part, infer
 from millibert_ensemble.models.bert.threads import cpu_limit
 
 Ids = list[list[int]]
+
+_LAYOUTS = ("padded", "packed", "rows")
+_CALIBRATION_TEXTS = 512
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
     batches = batches_of(read_ids(args.checkpoint, args.data, args.text_column, args.max_tokens), args.batch)
     with tempfile.TemporaryDirectory() as folder:
-        rows, padded = _export(args.checkpoint, args.max_tokens, Path(folder))
-        precisions = available_precisions(args.engine, rows)
-        results = [_measure(args, precision, rows, padded, batches) for precision in precisions]
+        graphs = _export(args, [ids for batch in batches for ids in batch], Path(folder))
+        results = [_measure(args, precision, layouts, batches) for precision, layouts in graphs.items()]
     report = {
         "cpu": cpu_name(),
         "threads": cpu_limit(),
@@ -63,35 +68,46 @@ def run(args: argparse.Namespace) -> int:
         "rounds": args.rounds,
         "results": results,
     }
-    if args.json:
-        print(json.dumps(report))
-        return 0
-    print(f"{report['cpu']}, {report['threads']} threads, {args.engine}")
-    print(f"{report['texts']} texts in batches of {args.batch}, medians of {args.rounds} rounds")
-    print(f"{'precision':<10} {'padded texts/s':>15} {'rows texts/s':>15} {'ratio':>6} {'max |Δlogit|':>13}")
-    for row in results:
-        print(
-            f"{row['precision']:<10} {row['padded']:>15,.0f} {row['rows']:>15,.0f} {row['ratio']:>6.2f} "
-            f"{row['max_logit_difference']:>13.1e}"
-        )
+    print(json.dumps(report) if args.json else _table(report))
     return 0
 
 
-def _export(checkpoint: Path, max_tokens: int, folder: Path) -> tuple[Path, Path]:
-    from millibert_build.checkpoint import load_model
-    from millibert_build.export import export_padded, export_rows
+def _table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['cpu']}, {report['threads']} threads, {report['engine']}",
+        f"{report['texts']} texts in batches of {report['batch']}, medians of {report['rounds']} rounds",
+        f"{'texts/s':<10} {'padded':>8} {'packed':>8} {'rows':>8} {'to padded':>10} {'to packed':>10} {'max |Δ|':>9}",
+    ]
+    for row in report["results"]:
+        speeds = " ".join(f"{row[name]:>8,.0f}" for name in _LAYOUTS)
+        ratios = f"{row['rows_to_padded']:>10.2f} {row['rows_to_packed']:>10.2f}"
+        lines.append(f"{row['precision']:<10} {speeds} {ratios} {row['max_logit_difference']:>9.1e}")
+    return "\n".join(lines)
 
-    rows, padded = folder / "rows.onnx", folder / "padded.onnx"
-    for export, path in ((export_rows, rows), (export_padded, padded)):
-        export(load_model(checkpoint), max_tokens, path)
-    return rows, padded
+
+def _export(args: argparse.Namespace, ids: Ids, folder: Path) -> dict[str, dict[str, Path]]:
+    """The graph of each precision, of each layout."""
+    from millibert_build.checkpoint import load_model
+    from millibert_build.export import export_packed, export_padded, export_rows
+    from millibert_build.quantize import calibrate, write_quantized
+
+    graphs: dict[str, dict[str, Path]] = {}
+    for layout, export in zip(_LAYOUTS, (export_padded, export_packed, export_rows), strict=True):
+        export(load_model(args.checkpoint), args.max_tokens, folder / f"{layout}.onnx")
+    for precision in available_precisions(args.engine, folder / "rows.onnx"):
+        graphs[precision] = {layout: folder / f"{layout}.onnx" for layout in _LAYOUTS}
+    activations = calibrate(folder / "rows.onnx", without_padding(ids[:_CALIBRATION_TEXTS], args.batch))
+    graphs["int8"] = {layout: folder / f"{layout}_int8.onnx" for layout in _LAYOUTS}
+    for layout, path in graphs["int8"].items():
+        write_quantized(folder / f"{layout}.onnx", path, activations)
+    return graphs
 
 
 def _measure(
-    args: argparse.Namespace, precision: str, rows: Path, padded: Path, batches: Sequence[Ids]
+    args: argparse.Namespace, precision: str, graphs: dict[str, Path], batches: Sequence[Ids]
 ) -> dict[str, float | str]:
     layouts: dict[str, Callable[[], Floats]] = {}
-    for name, path in (("padded", padded), ("rows", rows)):
+    for name, path in graphs.items():
         engine = ENGINES[args.engine](path, precision, cpu_limit(), few_shapes=name == "rows")
         layouts[name] = _runner(engine, name, batches)
     logits = {name: run() for name, run in layouts.items()}  # the warm-up, too
@@ -102,18 +118,32 @@ def _measure(
             run_layout()
             seconds[name].append(time.perf_counter() - start)
     texts = sum(map(len, batches))
-    ratios = [slow / fast for slow, fast in zip(seconds["padded"], seconds["rows"], strict=True)]
     return {
         "precision": precision,
-        "padded": texts / statistics.median(seconds["padded"]),
-        "rows": texts / statistics.median(seconds["rows"]),
-        "ratio": statistics.median(ratios),
-        "max_logit_difference": float(np.abs(logits["rows"] - logits["padded"]).max()),
+        **{name: texts / statistics.median(times) for name, times in seconds.items()},
+        "rows_to_padded": _ratio(seconds["padded"], seconds["rows"]),
+        "rows_to_packed": _ratio(seconds["packed"], seconds["rows"]),
+        "max_logit_difference": max(float(np.abs(logits["rows"] - logits[name]).max()) for name in layouts),
     }
 
 
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
 def _runner(engine: Engine, layout: str, batches: Sequence[Ids]) -> Callable[[], Floats]:
-    """All batches as the server runs them; what it is given is laid out beforehand."""
+    """All batches on all streams; what a request brings is laid out beforehand."""
+    if layout == "packed":
+        return lambda: np.concatenate([infer(engine, _packed_parts(batch, engine.streams)) for batch in batches])
     # Of the padded layout a batch is one request, padded to its longest text; of rows, a request a text.
     requests = [[rectangle(batch)] if layout == "padded" else requests_of(batch) for batch in batches]
     return lambda: np.concatenate([infer(engine, LAYOUTS[layout](each, engine.streams)) for each in requests])
+
+
+def _packed_parts(batch: Ids, streams: int) -> list[Part]:
+    """Sorted by length, about as many tokens for each stream."""
+    order = np.argsort([len(ids) for ids in batch], kind="stable")
+    tokens = np.cumsum([len(batch[index]) for index in order])
+    cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, streams) / streams)
+    parts = [part for part in np.split(order, cuts) if len(part)]
+    return [Part(part, packed([batch[index] for index in part])) for part in parts]

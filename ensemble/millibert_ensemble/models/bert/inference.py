@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .engines import Engine, Floats
-from .rows import Inputs, arrange, divide
+from .engines import Arrays, Engine, Floats
+from .rows import arrange, divide
 from .texts import Ids, texts_of
 
 
@@ -17,7 +17,7 @@ class Part(NamedTuple):
     """One execution: which texts its first logits are of, and its inputs."""
 
     texts: npt.NDArray[np.int64]
-    inputs: Inputs
+    inputs: Arrays
 
 
 def infer(engine: Engine, parts: Sequence[Part]) -> Floats:

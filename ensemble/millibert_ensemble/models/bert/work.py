@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from .rows import Inputs
+from .engines import Arrays
 
 # The metric and the values of its label `kind`.
 METRIC = "millibert_tokens_total"
@@ -13,7 +13,7 @@ DESCRIPTION = "Tokens of all executions: of the texts themselves, and computed o
 KINDS = ("text", "computed")
 
 
-def work_of(inputs: Inputs) -> Counter[str]:
+def work_of(inputs: Arrays) -> Counter[str]:
     """Tokens that are text, and those that were computed on."""
     ids = inputs["input_ids"]
     return Counter({"text": int((ids != 0).sum()), "computed": ids.size})
@@ -28,7 +28,7 @@ class Ledger:
         self._sum: Counter[str] = Counter()
         self._told = float("-inf")
 
-    def add(self, parts: Iterable[Inputs], now: float) -> None:
+    def add(self, parts: Iterable[Arrays], now: float) -> None:
         """Count executions; `now` is a monotonic time in seconds."""
         for inputs in parts:
             self._sum += work_of(inputs)

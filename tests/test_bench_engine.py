@@ -1,0 +1,26 @@
+"""The benchmark of layouts in process."""
+
+from __future__ import annotations
+
+import json
+
+from tests.conftest import CUSTOMER_SERVICE
+
+from millibert import cli
+
+
+def test_all_layouts_agree_and_are_timed(release, capsys):
+    arguments = ["bench-engine", f"--checkpoint={release.work}/checkpoint", f"--data={CUSTOMER_SERVICE}/test.csv"]
+    assert cli.main([*arguments, "--rounds", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    results = {row["precision"]: row for row in report["results"]}
+    assert {"fp32", "int8"} <= set(results)
+    assert results["fp32"]["max_logit_difference"] < 1e-3
+    for row in results.values():
+        assert all(row[layout] > 0 for layout in ("padded", "packed", "rows"))
+        assert row["rows_to_padded"] == row["rows"] / row["padded"]  # one round
+
+    assert cli.main([*arguments, "--rounds", "1", "--engine", "onnxruntime"]) == 0
+    printed = capsys.readouterr().out
+    assert "to packed" in printed
+    assert printed.splitlines()[-1].startswith("int8 ")
