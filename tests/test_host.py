@@ -55,7 +55,7 @@ def engine(request, folders, monkeypatch):
     """Each engine on the graph of rows, with two streams; OpenVINO also as it runs a graph that is large."""
     kind, _, large = request.param.partition(", ")
     if large:
-        monkeypatch.setattr(engines, "_SMALL", 0)
+        monkeypatch.setattr(engines, "_SMALL_GRAPH", 0)
     return ENGINES[kind](folders["rows"] / "model.onnx", "fp32", 2, few_shapes=True)
 
 
@@ -97,15 +97,22 @@ class _CountingLock:
         self._lock.release()
 
 
-@pytest.mark.parametrize("small", [128 * 2**20, 0])
-def test_no_traffic_brings_a_shape_that_a_warmed_up_engine_does_not_know(folders, monkeypatch, small):
-    monkeypatch.setattr(engines, "_SMALL", small)
-    engine: Any = ENGINES["openvino"](folders["rows"] / "model.onnx", "fp32", 2, few_shapes=True)
+@pytest.mark.parametrize(
+    ("precision", "most_bytes", "most_tokens"),
+    [("int8", 2**30, 512), ("fp32", 2**30, 64), ("int8", 0, 0)],
+    ids=["int8", "fp32: short executions only", "a large graph: none"],
+)
+def test_no_traffic_brings_a_shape_that_a_warmed_up_engine_does_not_know(
+    folders, monkeypatch, precision, most_bytes, most_tokens
+):
+    monkeypatch.setattr(engines, "_SMALL_GRAPH", most_bytes)
+    engine: Any = ENGINES["openvino"](folders["rows"] / "model.onnx", precision, 2, few_shapes=True)
     engine._making = making = _CountingLock()
     warm_up(engine, "rows", 64, LIMIT)
     assert making.taken >= 2 * len(shapes(LIMIT))  # each on both streams
     forms = dict(engine._forms._made)
-    assert len(forms) == (len(shapes(LIMIT)) if small else 1)
+    of_their_own = [shape for shape in shapes(LIMIT) if shape.rows * shape.width <= most_tokens]
+    assert len(forms) == len(of_their_own) + (len(of_their_own) < len(shapes(LIMIT)))
     making.taken = 0
     generator = np.random.default_rng(0)
     for count in [1, 2, 3, 5, 8, 20, 64] * 4:

@@ -22,9 +22,11 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 Floats = npt.NDArray[np.float32]
 Shapes = tuple[tuple[int, ...], ...]
 
-# Each compiled form holds the weights again, and the larger they are the more of the time goes into products with them,
-# which are as fast in any shape: forms are for graphs of up to so many bytes.
-_SMALL = 128 * 2**20
+# Compiled for its shape an execution takes a millisecond less, and in int8 a fifth of the rest; but each such form
+# holds the weights again. So there are forms only for graphs of up to so many bytes, and in other precisions than int8
+# only for executions of up to so many tokens, which take a few milliseconds.
+_SMALL_GRAPH = 128 * 2**20
+_SHORT_EXECUTION = 64
 # Several threads for one execution must be this much faster; they keep the others waiting.
 _WORTH_IT = 0.85
 # Runs that a latency is the median of.
@@ -89,7 +91,8 @@ class OpenVino:
             )
         self._model = self._core.read_model(str(path))
         self._type = "bf16" if has_bf16 and precision != "fp32" else "f32"
-        self._fixed = few_shapes and path.stat().st_size <= _SMALL
+        small = few_shapes and path.stat().st_size <= _SMALL_GRAPH
+        self._fixed: Callable[[Arrays], bool] = lambda inputs: small and (precision == "int8" or _is_short(inputs))
         self.streams = threads
         self._forms = self._make_forms(threads, streams=threads)
         self._alone: dict[Shapes, _Forms] = {}
@@ -152,16 +155,16 @@ class OpenVino:
 
 
 class _Forms:
-    """The graph compiled by OpenVINO: for each shape that comes up, or once for any."""
+    """The graph compiled by OpenVINO: for each shape that comes up, where that pays, and once for all others."""
 
-    def __init__(self, model: Any, fixed: bool, compile_model: Callable[[Any], Any]) -> None:
+    def __init__(self, model: Any, fixed: Callable[[Arrays], bool], compile_model: Callable[[Any], Any]) -> None:
         self._model, self._fixed, self._compile = model, fixed, compile_model
         self._made: dict[Shapes, Any] = {}
         self._making = threading.Lock()
 
     def of(self, inputs: Arrays) -> Any:
         """The one that runs these inputs."""
-        shapes = shapes_of(inputs) if self._fixed else ()
+        shapes = shapes_of(inputs) if self._fixed(inputs) else ()
         form = self._made.get(shapes)
         return form if form is not None else self._make(shapes, inputs)
 
@@ -169,7 +172,7 @@ class _Forms:
         with self._making:
             if shapes not in self._made:
                 model = self._model
-                if self._fixed:
+                if shapes:
                     model = model.clone()
                     model.reshape({name: list(values.shape) for name, values in inputs.items()})
                 self._made[shapes] = self._compile(model)
@@ -235,6 +238,10 @@ class OnnxRuntime:
 def shapes_of(inputs: Arrays) -> Shapes:
     """What a form of the graph is known by."""
     return tuple(values.shape for values in inputs.values())
+
+
+def _is_short(inputs: Arrays) -> bool:
+    return max(values.size for values in inputs.values()) <= _SHORT_EXECUTION
 
 
 def fastest(most: int, latency: Callable[[int], float]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +40,12 @@ class Execution(NamedTuple):
     rows: list[list[int]]
 
 
-# The row that several texts share; longer texts have a wider one. Narrower ones are for a few short texts.
-WIDTH = 64
+# The rows that texts share, whichever the streams are done with first; longer texts have a wider one. Narrow ones are
+# for a few short texts.
+SHARED = (64, 48)
 NARROW = (16, 32)
 # Rows of an execution, as long as it has no more than so many tokens: any number of rows is a sum of few of these.
-_ROWS = (8, 6, 4, 3, 2, 1)
+_ROWS, _WIDE_ROWS = (8, 5, 3, 2, 1), (3, 1)
 _MOST_TOKENS = 512
 # Room for one text in so many tokens of a row.
 _SHORTEST = 6
@@ -55,9 +56,11 @@ _EVEN_WIDTH = 1000
 
 def widths(max_tokens: int) -> list[int]:
     """Of rows for texts of up to so many tokens, narrow to wide."""
-    found = [*NARROW, WIDTH]
+    # 96, 128, 192, 256, …: a text with a row to itself fills more than two thirds of it.
+    wider = (width << power for power in count(1) for width in reversed(SHARED))
+    found = [*NARROW, *reversed(SHARED)]
     while found[-1] < max_tokens:
-        found.append(2 * found[-1])
+        found.append(next(wider))
     return found
 
 
@@ -73,7 +76,7 @@ def capacity(width: int) -> int:
 
 def divide(lengths: Sequence[int], streams: int) -> list[Execution]:
     """Share out the texts of a batch, the most expensive execution first: streams take them in this order."""
-    choices = [WIDTH, *NARROW] if sum(lengths) <= streams * WIDTH else [WIDTH]
+    choices = [*SHARED, *NARROW] if sum(lengths) <= streams * max(SHARED) else SHARED
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     divisions = [_divide(lengths, order, width, streams) for width in choices]
     return min(divisions, key=lambda division: finish([each.shape.cost for each in division], streams))
@@ -121,24 +124,20 @@ def _divide(lengths: Sequence[int], order: Sequence[int], narrowest: int, stream
             heapq.heapreplace(busy, (until + _row_cost(width), stream))
             counts[stream] += 1
         remaining = iter(rows)
-        for count in counts.values():
-            for size in _decompose(count, width):
+        for share in counts.values():
+            for size in _decompose(share, width):
                 found.append(Execution(Shape(size, width), list(islice(remaining, size))))
     return sorted(found, key=lambda each: -each.shape.cost)
 
 
 def _rows(lengths: Sequence[int], order: Sequence[int], narrowest: int) -> Iterator[tuple[int, list[list[int]]]]:
     """Rows of each width, wide to narrow; room beside long texts goes to the longest of the others that fit."""
-    width = narrowest
-    while width < lengths[order[0]]:
-        width *= 2
     left = list(order)
-    while left:
-        own = sum(lengths[index] > width // 2 or width == narrowest for index in left)
-        rows, left = _fit(lengths, left, width, own)
+    wide_to_narrow = [width for width in reversed(widths(lengths[order[0]])) if width >= narrowest]
+    for width, narrower in zip(wide_to_narrow, [*wide_to_narrow[1:], 0], strict=True):
+        rows, left = _fit(lengths, left, width, own=sum(lengths[index] > narrower for index in left))
         if rows:
             yield width, rows
-        width //= 2
 
 
 def _fit(lengths: Sequence[int], order: Sequence[int], width: int, own: int) -> tuple[list[list[int]], list[int]]:
@@ -170,17 +169,17 @@ def _fit(lengths: Sequence[int], order: Sequence[int], width: int, own: int) -> 
 
 def _sizes(width: int) -> list[int]:
     """How many rows of a width an execution may have, large to small."""
-    if width < WIDTH:
+    if width in NARROW:
         return [1]
-    return [rows for rows in _ROWS if rows * width <= _MOST_TOKENS] or [1]
+    return [rows for rows in (_ROWS if width in SHARED else _WIDE_ROWS) if rows * width <= _MOST_TOKENS] or [1]
 
 
-def _decompose(count: int, width: int) -> Iterator[int]:
+def _decompose(rows: int, width: int) -> Iterator[int]:
     """Rows of each execution that together make so many, few and large."""
     for size in _sizes(width):
-        while count >= size:
+        while rows >= size:
             yield size
-            count -= size
+            rows -= size
 
 
 def _row_cost(width: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .engines import Engine
 from .inference import infer, padded
-from .rows import WIDTH, Execution, Inputs, Shape, arrange, shapes
+from .rows import SHARED, Execution, Inputs, Shape, arrange, shapes
 from .texts import Ids
 
 
@@ -34,7 +34,7 @@ def rectangles(max_texts: int, max_tokens: int) -> Iterator[Ids]:
 
 def _alone() -> Iterator[Shape]:
     """What a short text alone has: a client waits for it."""
-    return (shape for shape in shapes(WIDTH) if shape.rows == 1)
+    return (shape for shape in shapes(max(SHARED)) if shape.rows == 1)
 
 
 def _full(shape: Shape) -> Inputs:
