@@ -21,7 +21,7 @@ class TritonPythonModel:
     """TEXT -> LABEL, SCORE, LABEL_ID, ACCEPTED, TRUNCATED."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load everything, specialise and warm up the engine; Triton reports ready only after it."""
+        """Load everything and warm up the engine; Triton reports ready only after it."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
