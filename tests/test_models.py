@@ -87,9 +87,9 @@ def test_texts_are_read_without_padding_and_in_order():
     assert [text.tolist() for text in texts_of(requests)] == [[2, 9, 3], [2, 3], [2, 0, 8, 3], [0]]
 
 
-def test_a_text_alone_is_read_as_it_came():
-    """A request of one text has no padding: an id of 0 at its end is one of its tokens."""
-    assert [text.tolist() for text in texts_of([np.array([[2, 7, 0]], np.int32)])] == [[2, 7, 0]]
+def test_a_text_alone_may_be_padded_too():
+    assert [text.tolist() for text in texts_of([np.array([[2, 0, 7, 0, 0]], np.int32)])] == [[2, 0, 7]]
+    assert [text.tolist() for text in texts_of([np.array([[0, 0]], np.int32)])] == [[0]]
 
 
 def test_logits_go_back_to_their_requests():

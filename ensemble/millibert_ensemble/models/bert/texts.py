@@ -32,8 +32,8 @@ def unpack(logits: npt.NDArray[np.float32], requests: Sequence[Ids]) -> list[npt
 
 def _texts(request: Ids) -> list[Ids]:
     """The rows up to their last id that is not 0, and at least one id of each."""
-    if len(request) == 1:
-        return [request[0]]
+    if len(request) == 1 and request[0, -1] != 0:
+        return [request[0]]  # as nearly all are
     used = request[:, ::-1] != 0
     lengths = np.where(used.any(axis=1), request.shape[1] - used.argmax(axis=1), 1)
     return [row[:length] for row, length in zip(request, lengths, strict=True)]
