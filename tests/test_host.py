@@ -21,7 +21,7 @@ from millibert_ensemble.models.bert.engines import ENGINES, EngineError, OpenVin
 from millibert_ensemble.models.bert.host import Host
 from millibert_ensemble.models.bert.inference import in_rows, infer, padded
 from millibert_ensemble.models.bert.rows import shapes
-from millibert_ensemble.models.bert.warmup import warm_up
+from millibert_ensemble.models.bert.warmup import warm_up_rows
 from millibert_ensemble.models.bert.work import KINDS, METRIC, Ledger, work_of
 
 
@@ -71,7 +71,7 @@ def test_logits_of_divided_batches_are_those_text_by_text_also_after_a_warm_up(m
     for _ in ("at once", "warmed up"):
         assert_agrees(infer(engine, parts), expected)
         assert_agrees([infer(engine, in_rows([single], 2))[0] for single in singles], expected_alone)
-        warm_up(engine, "rows", 4, LIMIT)
+        warm_up_rows(engine, LIMIT)
 
 
 def test_outputs_are_kept_while_the_engine_goes_on(engine):
@@ -108,7 +108,7 @@ def test_no_traffic_brings_a_shape_that_a_warmed_up_engine_does_not_know(
     monkeypatch.setattr(engines, "_SMALL_GRAPH", most_bytes)
     engine: Any = ENGINES["openvino"](folders["rows"] / "model.onnx", precision, 2, few_shapes=True)
     engine._making = making = _CountingLock()
-    warm_up(engine, "rows", 64, LIMIT)
+    warm_up_rows(engine, LIMIT)
     assert making.taken >= 2 * len(shapes(LIMIT))  # each on both streams
     forms = dict(engine._forms._made)
     of_their_own = [shape for shape in shapes(LIMIT) if shape.rows * shape.width <= most_tokens]

@@ -31,12 +31,12 @@ MASKED = -1e4
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch sit: in the flat row of tokens and in the [N, S] grid of attention."""
+    """Where the tokens of a batch sit: end to end, and in the grid of attention, G rows of S tokens."""
 
-    to_grid: Callable[[Tensor], Tensor]  # [tokens, ·] -> [N, S, ·]
-    to_tokens: Callable[[Tensor], Tensor]  # [N, S, ·] -> [tokens, ·]
+    to_grid: Callable[[Tensor], Tensor]  # [tokens, ·] -> [G, S, ·]
+    to_tokens: Callable[[Tensor], Tensor]  # [G, S, ·] -> [tokens, ·]
     first: Tensor  # [N] index of each text's first token
-    mask: Tensor  # [N, 1, 1, S] additive: 0 where a token may be attended to, else MASKED
+    mask: Tensor  # [G, 1, 1 or S, S] additive: 0 where a token may be attended to, else MASKED
 
 
 class Attention(nn.Module):

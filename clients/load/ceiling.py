@@ -18,7 +18,7 @@ from millibert_ensemble.models.bert.engines import ENGINES, Engine
 from millibert_ensemble.models.bert.inference import in_rows, infer
 from millibert_ensemble.models.bert.texts import Ids
 from millibert_ensemble.models.bert.threads import cpu_limit
-from millibert_ensemble.models.bert.warmup import warm_up
+from millibert_ensemble.models.bert.warmup import warm_up_rows
 from millibert_ensemble.models.tokenizer.tokenization import load
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
@@ -73,7 +73,7 @@ def _open(repository: Path, parameters: dict[str, str]) -> Engine:
             f"{repository}: made by another version of millibert (layout {parameters['layout']!r}); build it anew"
         )
     engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit(), few_shapes=True)
-    warm_up(engine, "rows", 1, int(parameters["max_tokens"]))
+    warm_up_rows(engine, int(parameters["max_tokens"]))
     return engine
 
 

@@ -12,7 +12,7 @@ from .inference import LAYOUTS, infer
 from .memory import Memory
 from .texts import Ids, texts_of
 from .threads import cpu_limit
-from .warmup import warm_up
+from .warmup import warm_up_padded, warm_up_rows
 from .work import DESCRIPTION, KINDS, METRIC, Ledger
 
 
@@ -26,7 +26,10 @@ class Host:
         open_engine = ENGINES[parameters["engine"]]
         self._engine = open_engine(folder / "model.onnx", parameters["precision"], threads, layout == "rows")
         self._arrange = LAYOUTS[layout]
-        warm_up(self._engine, layout, max_texts, max_tokens)
+        if layout == "rows":
+            warm_up_rows(self._engine, max_tokens)
+        else:
+            warm_up_padded(self._engine, max_texts, max_tokens)
         self._family = pb_utils.MetricFamily(METRIC, DESCRIPTION, pb_utils.MetricFamily.COUNTER)
         counters = {kind: self._family.Metric(labels={"kind": kind}) for kind in KINDS}
         self._ledger = Ledger(lambda kind, tokens: counters[kind].increment(tokens))

@@ -30,7 +30,7 @@ class Shape(NamedTuple):
     @property
     def cost(self) -> int:
         """What an execution takes, in units of a token: attention's share grows with the width."""
-        return EXECUTION_TOKENS + self.rows * _row_cost(self.width)
+        return _EXECUTION_TOKENS + self.rows * _row_cost(self.width)
 
 
 class Execution(NamedTuple):
@@ -50,7 +50,7 @@ _MOST_TOKENS = 512
 # Room for one text in so many tokens of a row.
 _SHORTEST = 6
 # What an execution costs on top of its tokens, and the width at which attention costs as much as all the rest.
-EXECUTION_TOKENS = 30
+_EXECUTION_TOKENS = 30
 _EVEN_WIDTH = 1000
 
 

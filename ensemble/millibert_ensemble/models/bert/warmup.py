@@ -12,13 +12,15 @@ from .rows import SHARED, Execution, Inputs, Shape, arrange, shapes
 from .texts import Ids
 
 
-def warm_up(engine: Engine, layout: str, max_texts: int, max_tokens: int) -> None:
-    """Run whatever shapes traffic will bring: of rows all there are, of padded requests the usual ones."""
-    if layout == "rows":
-        engine.prepare([_full(shape) for shape in shapes(max_tokens)], [_full(shape) for shape in _alone()])
-        return
-    for batch in rectangles(max_texts, max_tokens):
-        infer(engine, padded([batch], engine.streams))
+def warm_up_rows(engine: Engine, max_tokens: int) -> None:
+    """Run every shape that traffic can bring."""
+    engine.prepare([_full(shape) for shape in shapes(max_tokens)], [_full(shape) for shape in _alone()])
+
+
+def warm_up_padded(engine: Engine, max_texts: int, max_tokens: int) -> None:
+    """Run the usual shapes; batches may have others."""
+    for request in rectangles(max_texts, max_tokens):
+        infer(engine, padded([request], engine.streams))
 
 
 def rectangles(max_texts: int, max_tokens: int) -> Iterator[Ids]:
