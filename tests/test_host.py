@@ -121,6 +121,14 @@ def test_no_traffic_brings_a_shape_that_a_warmed_up_engine_does_not_know(
     assert engine._forms._made == forms
 
 
+def test_no_thread_of_openvino_is_tied_to_a_core(folders):
+    engine: Any = ENGINES["openvino"](folders["rows"] / "model.onnx", "fp32", 2, few_shapes=True)
+    warm_up_rows(engine, LIMIT)
+    compiled = [*engine._forms._made.values()]
+    compiled += [form for forms in engine._alone.values() for form in forms._made.values()]
+    assert not any(form.get_property("ENABLE_CPU_PINNING") for form in compiled)
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_graph_whose_inputs_have_any_shape(model, folders, kind):
     engine = ENGINES[kind](folders["packed"] / "model.onnx", "fp32", 2)

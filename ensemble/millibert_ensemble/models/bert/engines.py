@@ -150,6 +150,9 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": streams,
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            # By default each process ties its threads to the machine's first cores, whoever is busy there: two engines
+            # of one thread each on two cores are then half as fast, as are two Pods with a CPU limit on one node.
+            "ENABLE_CPU_PINNING": False,
         }
         return _Forms(self._model, self._fixed, lambda model: self._core.compile_model(model, "CPU", options))
 
