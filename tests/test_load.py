@@ -14,7 +14,8 @@ from tests.conftest import CUSTOMER_SERVICE
 import millibert
 from load import __main__ as bench
 from load import install_perf_analyzer, overload, report, soak
-from load.ceiling import load_tokenizer, measure_ceiling
+from load.cases import Case, Run, as_json
+from load.ceiling import EngineAlone, Pace, load_tokenizer
 from load.generator import Answers, Load, Phase, due_times, measure, send
 from load.mixes import make_mix
 from load.transports import ANSWERED, triton_requests
@@ -23,6 +24,7 @@ from millibert import MillibertError
 from millibert import _perf_analyzer as perf_analyzer
 from millibert._errors import UsageError
 from millibert._labelled_texts import read_labelled_texts
+from millibert._perf_analyzer import Measurement
 
 TEST = CUSTOMER_SERVICE / "test.csv"
 TEXTS = [row.text for row in read_labelled_texts(TEST, "text", "label")]
@@ -70,14 +72,31 @@ def test_perf_analyzer_is_installed_with_the_runtime_it_needs(tmp_path):
 
 def test_the_engine_alone_gives_the_labels_of_the_texts_in_their_order(release):
     rows = read_labelled_texts(TEST, "text", "label")
-    ceiling = measure_ceiling(release.repository, TEXTS, rounds=1)
+    alone = EngineAlone(release.repository)
     labels = json.loads((release.repository / "release.json").read_text())["labels"]
-    right = np.mean([labels[index] == row.label for index, row in zip(ceiling.best_labels, rows, strict=True)])
+    right = np.mean([labels[index] == row.label for index, row in zip(alone.best_labels(TEXTS), rows, strict=True)])
     tested = json.loads((release.repository / "release.json").read_text())["metrics"]["test"]
     assert right == pytest.approx(tested["engine_score"], abs=0.01)
-    assert ceiling.precision == "fp32"
-    assert ceiling.texts_per_second > 0
-    assert ceiling.batch_1_ms > 0
+    assert alone.precision == "fp32"
+    pace = alone.pace_on(TEXTS)()
+    assert pace.texts_per_second > 0
+    assert pace.batch_1_ms > 0
+
+
+def test_shares_are_of_what_the_engine_did_just_before():
+    # In the second round the machine has half the speed; the third was refused.
+    runs = [
+        Run(Pace(1000, 1.0), Measurement(1, 1, 500, 2.0, 3.0)),
+        Run(Pace(500, 2.0), Measurement(1, 1, 250, 4.0, 6.0)),
+        Run(Pace(1000, 1.0), None),
+    ]
+    found = as_json(Case("release", "data", "grpc", 1, 1), runs)
+    assert found["runs"] == 2
+    assert found["of_engine"] == 0.5
+    assert found["above_engine_ms"] == 1.5
+    assert found["texts_per_second"] == 375
+    assert "above_engine_ms" not in as_json(Case("release", "data", "grpc", 1, 8), runs)
+    assert as_json(Case("release", "data", "grpc", 32, 8), runs[2:])["runs"] == 0
 
 
 def test_mixes_are_as_long_as_they_say(release):
@@ -161,9 +180,9 @@ def test_a_run_measures_engine_and_service_on_the_same_texts(release, monkeypatc
     }
     for case in found["cases"]:
         assert 0 < case["p50_ms"] <= case["p99_ms"]
-        assert case["of_ceiling"] == pytest.approx(
-            case["texts_per_second"] / found["engine"]["data"]["texts_per_second"]
-        )
+        assert case["of_engine"] > 0
+        assert ("above_engine_ms" in case) == (case["texts"] == case["concurrency"] == 1)
+    assert found["engine"]["data"]["batch_1_ms"] > 0
     assert len(report.table(found).splitlines()) == 4 + len(found["cases"])
     drawn = ElementTree.parse(plot).getroot()
     kinds = [element.tag.rpartition("}")[2] for element in drawn.iter()]

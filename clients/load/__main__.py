@@ -12,7 +12,8 @@ model's limit (--mixes); and other forms of the same release (--forms): `fused`,
 classical layout, made from --checkpoint; `cached`, which keeps answers, so that each text is computed only once.
 
 Load comes from perf_analyzer where that is installed (`python -m load.install_perf_analyzer`), else from our own
-client; the report says which. Each case is run several times in turns with all others, and medians are shown. On a
+client; the report says which. Each case is run several times in turns with all others, each time after the engine alone
+on the same texts, and medians are shown, of ratios too (of a single text under way: the p50 above the engine's). On a
 machine that the load shares with the server the figures are lower than a server of its own would give; ratios within
 one run are what counts.
 
@@ -32,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from load import report
-from load.cases import Bench, Case, as_json, run_cases
-from load.ceiling import Ceiling, load_tokenizer, measure_ceiling
+from load.cases import Bench, Case, Run, as_json, run_cases
+from load.ceiling import EngineAlone, Pace, load_tokenizer
 from load.command import run_command
 from load.machine import describe_machine
 from load.mixes import MIXES, make_mix
@@ -85,13 +86,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     forms = _forms(args)
     tokenizer, max_tokens = load_tokenizer(args.repository)
     mixes = {name: make_mix(name, [row.text for row in rows], tokenizer, max_tokens) for name in ("data", *args.mixes)}
-    ceilings = {name: measure_ceiling(args.repository, mix.texts, args.rounds) for name, mix in mixes.items()}
+    alone = EngineAlone(args.repository)
     with ExitStack() as stack:
         servers = _serve(stack, args, forms, [row.text for row in rows])
-        quality = _quality(servers[AS_IT_IS], rows, ceilings["data"])
+        quality = _quality(servers[AS_IT_IS], rows, alone)
         bench = Bench(
             servers,
             {name: mix.texts for name, mix in mixes.items()},
+            {name: alone.pace_on(mix.texts) for name, mix in mixes.items()},
             perf_analyzer.is_here(),
             args.seconds,
             args.rounds,
@@ -99,16 +101,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cases = run_cases(bench, plan(args, forms))
     return {
         "model": servers[AS_IT_IS].services[0],
-        "precision": ceilings["data"].precision,
+        "precision": alone.precision,
         **describe_machine(),
         "load": perf_analyzer.PROGRAM if bench.by_perf_analyzer else "own client",
         "texts": len(rows),
         "rounds": args.rounds,
-        "engine": {name: ceiling.as_json() for name, ceiling in ceilings.items()},
+        "engine": {name: _engine(cases, name) for name in mixes},
         "mixes": {name: {"mean_tokens": mix.mean, "longest": mix.longest} for name, mix in mixes.items()},
         **quality,
-        "cases": [as_json(case, runs, ceilings[case.mix].texts_per_second) for case, runs in cases.items()],
+        "cases": [as_json(case, runs) for case, runs in cases.items()],
     }
+
+
+def _engine(cases: Mapping[Case, Sequence[Run]], mix: str) -> dict[str, float]:
+    """The engine alone on a mix, by all times that it was measured."""
+    return Pace.median([run.engine for case, runs in cases.items() if case.mix == mix for run in runs])._asdict()
 
 
 def plan(args: argparse.Namespace, forms: Sequence[str]) -> Iterator[Case]:
@@ -148,14 +155,14 @@ def _serve(
     return {form: stack.enter_context(TritonServer(place)) for form, place in places.items()}
 
 
-def _quality(server: TritonServer, rows: list[LabelledText], ceiling: Ceiling) -> dict[str, float]:
+def _quality(server: TritonServer, rows: list[LabelledText], engine: EngineAlone) -> dict[str, float]:
     """Accuracy through the service, and how often the best label is the engine's own in process."""
     with connect(server.grpc_url, server.services[0]) as client:
         labels, size = client.labels(), client.max_batch_size()
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         answers = [answer for chunk in chunks for answer in client.classify([row.text for row in chunk], top_k=1)]
     served = [answer.label for answer in answers]
-    alone = [labels[index] for index in ceiling.best_labels]
+    alone = [labels[index] for index in engine.best_labels([row.text for row in rows])]
     return {
         "served_accuracy": float(np.mean([a in row.labels for a, row in zip(served, rows, strict=True)])),
         "engine_accuracy": float(np.mean([a in row.labels for a, row in zip(alone, rows, strict=True)])),

@@ -1,15 +1,16 @@
-"""What a benchmark measures: every case on servers that are all up, in turns."""
+"""What a benchmark measures: every case on servers that are all up, in turns, each after the engine alone."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from load.ceiling import Pace
 from load.generator import Load
 from load.generator import measure as measure_ourselves
 from load.transports import triton_requests
@@ -28,33 +29,39 @@ class Case(NamedTuple):
     concurrency: int
 
 
+class Run(NamedTuple):
+    """A case measured once; without figures where it was refused or never became steady."""
+
+    engine: Pace  # the engine alone on the same texts, just before
+    served: Measurement | None
+
+
 class Bench(NamedTuple):
-    """The servers by form, the texts by mix, and how to measure."""
+    """The servers by form, the texts and the engine alone by mix, and how to measure."""
 
     servers: Mapping[str, TritonServer]
     texts: Mapping[str, Sequence[str]]
+    engine: Mapping[str, Callable[[], Pace]]
     by_perf_analyzer: bool
     seconds: float
     rounds: int
 
 
-def run_cases(bench: Bench, cases: Iterable[Case]) -> dict[Case, list[Measurement]]:
-    """Each case's runs that were answered and became steady.
-
-    All cases in turns, so that a slow minute does not hit one of them only.
-    """
+def run_cases(bench: Bench, cases: Iterable[Case]) -> dict[Case, list[Run]]:
+    """All cases in turns, so that a slow minute does not hit one of them only."""
     wanted = list(dict.fromkeys(cases))
-    found: dict[Case, list[Measurement]] = {case: [] for case in wanted}
+    found: dict[Case, list[Run]] = {case: [] for case in wanted}
     with tempfile.TemporaryDirectory() as folder:
         files = {mix: Path(folder, f"{mix}.json") for mix in bench.texts}
         for mix, texts in bench.texts.items():
             perf_analyzer.write_texts(files[mix], texts)
         for case in tqdm(wanted * bench.rounds, desc="cases", disable=None, leave=False):
+            engine = bench.engine[case.mix]()
             try:
                 one = _by_perf_analyzer(bench, case, files[case.mix]) if bench.by_perf_analyzer else _by_us(bench, case)
             except Refused:
-                one = None  # more than the server does within its queue timeout: no figures
-            found[case] += [one] if one is not None else []
+                one = None  # more than the server does within its queue timeout
+            found[case].append(Run(engine, one))
     return found
 
 
@@ -74,16 +81,18 @@ def _target(bench: Bench, case: Case) -> tuple[str, str]:
     return server.grpc_url if case.transport == "grpc" else server.http_url, server.services[0]
 
 
-def as_json(case: Case, runs: Sequence[Measurement], ceiling: float) -> dict[str, Any]:
-    """The case and its medians; without figures where no run had any. `ceiling`: the engine's texts/s alone."""
-    document: dict[str, Any] = {**case._asdict(), "runs": len(runs)}
-    if not runs:
+def as_json(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
+    """The case and its medians; without figures where no run had any."""
+    pairs = [(run.engine, run.served) for run in runs if run.served is not None]
+    document: dict[str, Any] = {**case._asdict(), "runs": len(pairs)}
+    if not pairs:
         return document
-    rate = statistics.median(one.texts_per_second for one in runs)
-    return {
-        **document,
-        "texts_per_second": rate,
-        "of_ceiling": rate / ceiling,
-        "p50_ms": statistics.median(one.p50_ms for one in runs),
-        "p99_ms": statistics.median(one.p99_ms for one in runs),
+    document |= {
+        "texts_per_second": statistics.median(served.texts_per_second for _, served in pairs),
+        "of_engine": statistics.median(served.texts_per_second / engine.texts_per_second for engine, served in pairs),
+        "p50_ms": statistics.median(served.p50_ms for _, served in pairs),
+        "p99_ms": statistics.median(served.p99_ms for _, served in pairs),
     }
+    if case.texts == case.concurrency == 1:
+        document["above_engine_ms"] = statistics.median(served.p50_ms - engine.batch_1_ms for engine, served in pairs)
+    return document

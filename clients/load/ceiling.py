@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from millibert._errors import UsageError
 from millibert_ensemble import contract
-from millibert_ensemble.models.bert.engines import ENGINES, Engine
+from millibert_ensemble.models.bert.engines import ENGINES, Engine, Floats
 from millibert_ensemble.models.bert.inference import in_rows, infer
 from millibert_ensemble.models.bert.texts import Ids
 from millibert_ensemble.models.bert.threads import cpu_limit
@@ -22,21 +22,21 @@ from millibert_ensemble.models.bert.warmup import warm_up_rows
 from millibert_ensemble.models.tokenizer.tokenization import load
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
-# Single texts that the latency at batch 1 is the median of.
-_SINGLE = 200
+# Single texts that a latency is the median of, and texts that a rate is measured on: for about a second.
+_SINGLE = 100
+_TEXTS = 1024
 
 
-class Ceiling(NamedTuple):
-    """The engine alone, on the same texts."""
+class Pace(NamedTuple):
+    """How fast the engine alone is at the moment."""
 
-    precision: str
     texts_per_second: float  # sorted by length, in batches of the model's limit: the best it can do
     batch_1_ms: float
-    best_labels: npt.NDArray[np.intp]  # of each text, in order
 
-    def as_json(self) -> dict[str, float]:
-        """The figures."""
-        return {"texts_per_second": self.texts_per_second, "batch_1_ms": self.batch_1_ms}
+    @staticmethod
+    def median(paces: Sequence[Pace]) -> Pace:
+        """Of each figure by itself."""
+        return Pace(*(statistics.median(values) for values in zip(*paces, strict=True)))
 
 
 def load_tokenizer(repository: Path) -> tuple[Tokenizer, int]:
@@ -45,25 +45,56 @@ def load_tokenizer(repository: Path) -> tuple[Tokenizer, int]:
     return load(repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json"), int(limit)
 
 
-def measure_ceiling(repository: Path, texts: Sequence[str], rounds: int = 3) -> Ceiling:
-    """Medians of the rounds, after a warm-up."""
-    config = parse_config(repository / contract.BERT / CONFIG)
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
-    engine = _open(repository, parameters)
-    tokenizer, _ = load_tokenizer(repository)
-    rows = [np.array([encoding.ids], np.int32) for encoding in tokenizer.encode_batch_fast(list(texts))]
-    order = sorted(range(len(rows)), key=lambda index: rows[index].shape[1])
-    size = config.max_batch_size
-    batches = [[rows[index] for index in order[start : start + size]] for start in range(0, len(rows), size)]
-    seconds = []
-    for _ in range(1 + rounds):
-        start = time.perf_counter()
-        logits = [infer(engine, in_rows(batch, engine.streams)) for batch in batches]
-        seconds.append(time.perf_counter() - start)
-    labels = np.empty(len(rows), np.intp)
-    labels[order] = np.concatenate(logits).argmax(axis=1)
-    rate = len(rows) / statistics.median(seconds[1:])
-    return Ceiling(parameters["precision"], rate, _single(engine, rows[:_SINGLE]), labels)
+class EngineAlone:
+    """The engine of a release in this process, warmed up."""
+
+    def __init__(self, repository: Path) -> None:
+        config = parse_config(repository / contract.BERT / CONFIG)
+        parameters = {key: value.string_value for key, value in config.parameters.items()}
+        self.precision = parameters["precision"]
+        self._engine = _open(repository, parameters)
+        self._tokenizer, _ = load_tokenizer(repository)
+        self._batch = config.max_batch_size
+
+    def best_labels(self, texts: Sequence[str]) -> npt.NDArray[np.intp]:
+        """Index of the best label of each text, in order."""
+        rows = self._ids(texts)
+        batches = (rows[start : start + self._batch] for start in range(0, len(rows), self._batch))
+        logits: Floats = np.concatenate([self._infer(batch) for batch in batches])
+        best: npt.NDArray[np.intp] = logits.argmax(axis=1)
+        return best
+
+    def pace_on(self, texts: Sequence[str]) -> Callable[[], Pace]:
+        """What measures the pace on these texts, or evenly chosen batches of them, whenever it is called."""
+        rows = self._ids(texts)
+        by_length = sorted(rows, key=lambda row: row.shape[1])
+        batches = [by_length[start : start + self._batch] for start in range(0, len(rows), self._batch)]
+        some = batches[:: -(-len(rows) // _TEXTS)]
+        count = sum(map(len, some))
+
+        def measure() -> Pace:
+            start = time.perf_counter()
+            for batch in some:
+                self._infer(batch)
+            return Pace(count / (time.perf_counter() - start), self._single(rows[:_SINGLE]))
+
+        measure()  # the first is slower
+        return measure
+
+    def _ids(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.array([encoding.ids], np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def _infer(self, batch: Sequence[Ids]) -> Floats:
+        return infer(self._engine, in_rows(batch, self._engine.streams))
+
+    def _single(self, rows: Sequence[Ids]) -> float:
+        """Milliseconds of a text alone: median."""
+        times = []
+        for row in rows:
+            start = time.perf_counter()
+            self._infer([row])
+            times.append(time.perf_counter() - start)
+        return 1000 * statistics.median(times)
 
 
 def _open(repository: Path, parameters: dict[str, str]) -> Engine:
@@ -75,13 +106,3 @@ def _open(repository: Path, parameters: dict[str, str]) -> Engine:
     engine = ENGINES[parameters["engine"]](path, parameters["precision"], cpu_limit(), few_shapes=True)
     warm_up_rows(engine, int(parameters["max_tokens"]))
     return engine
-
-
-def _single(engine: Engine, rows: Sequence[Ids]) -> float:
-    """Milliseconds of a text alone: median."""
-    times: list[Any] = []
-    for row in rows:
-        start = time.perf_counter()
-        infer(engine, in_rows([row], engine.streams))
-        times.append(time.perf_counter() - start)
-    return 1000 * float(statistics.median(times))
