@@ -15,10 +15,13 @@ from tests.test_end_to_end import as_bytes
 from tritonclient.utils import InferenceServerException
 
 import millibert
+from load.serving_settings import Settings, write_variant
 from millibert import cli
 from millibert._labelled_texts import read_labelled_texts
+from millibert_build.repository import hash_files
 from millibert_ensemble.machine import Machine
 from millibert_ensemble.preflight import preflight
+from millibert_ensemble.repository_check import CONFIG, parse_config
 
 NO_GPU = Machine(None, ())
 TEXTS = [row.text for row in read_labelled_texts(CUSTOMER_SERVICE / "test.csv", "text", "label")[:48]]
@@ -32,8 +35,11 @@ def fused(release, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(fused, triton):
-    with triton(fused) as running:
+def server(release, tmp_path_factory, triton):
+    """Of two instances, so that each test meets both."""
+    out = tmp_path_factory.mktemp("two") / "repository"
+    assert cli.main(["fuse", "--repository", str(release.repository), "--instances", "2", "--out", str(out)]) == 0
+    with triton(out) as running:
         yield running
 
 
@@ -47,6 +53,25 @@ def test_it_is_a_whole_release_of_one_model(fused, release):
     }
     verdict = preflight(fused, NO_GPU)
     assert (verdict.answer, verdict.engine) == ("usable", "cpu")
+
+
+def test_instances_are_those_of_the_release_or_those_asked_for(release, tmp_path):
+    tuned = tmp_path / "tuned"
+    write_variant(release.repository, Settings(instances=2, threads=3, batch=64, queue_delay_us=0), tuned)
+    manifest = json.loads((tuned / "release.json").read_text())
+    (tuned / "release.json").unlink()
+    (tuned / "release.json").write_text(json.dumps({**manifest, "files": dict(hash_files(tuned))}))
+
+    def made(*options):
+        out = tmp_path / "-".join(["out", *options])
+        assert cli.main(["fuse", "--repository", str(tuned), "--out", str(out), *options]) == 0
+        found = parse_config(out / "support" / CONFIG)
+        return found.instance_group[0].count, found.parameters["threads"].string_value
+
+    assert made() == (2, "3")
+    assert made("--instances", "4") == (4, "0")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["fuse", "--repository", str(tuned), "--out", str(tmp_path / "none"), "--instances", "0"])
 
 
 def test_preflight_notices_what_is_broken(fused, tmp_path):

@@ -17,6 +17,7 @@ from tests.test_packed_bert import LIMIT, TOLERANCE, reference, small_bert, text
 from millibert_build.export import export_packed, export_padded, export_rows
 from millibert_build.layouts import packed
 from millibert_ensemble.models.bert import engines
+from millibert_ensemble.models.bert import host as host_module
 from millibert_ensemble.models.bert.engines import ENGINES, EngineError, OpenVino, _Requests, fastest, median_seconds
 from millibert_ensemble.models.bert.host import Host
 from millibert_ensemble.models.bert.inference import in_rows, infer, padded
@@ -211,14 +212,19 @@ class Metrics:
         return SimpleNamespace(MetricFamily=family, Logger=SimpleNamespace(log_info=self.log.append))
 
 
-def parameters(engine: str, layout: str) -> dict[str, str]:
-    return {"engine": engine, "precision": "fp32", "layout": layout, "max_tokens": str(LIMIT)}
+def config(engine: str, layout: str, instances: int = 1, **more: str) -> dict[str, Any]:
+    parameters = {"engine": engine, "precision": "fp32", "layout": layout, "max_tokens": str(LIMIT), **more}
+    return {
+        "max_batch_size": 4,
+        "instance_group": [{"count": instances}],
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+    }
 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_host_answers_in_order_and_counts_what_it_was_asked(model, folders, kind):
     metrics = Metrics()
-    host = Host(folders["rows"], parameters(kind, "rows"), 4, metrics.pb_utils())
+    host = Host(folders["rows"], config(kind, "rows"), metrics.pb_utils())
     assert metrics.names == [METRIC]
     assert not metrics.counted  # the warm-up is no traffic
     assert [line.rsplit(",", 1)[0] for line in metrics.log] == [f"{kind} fp32"]
@@ -236,11 +242,29 @@ def test_a_host_answers_in_order_and_counts_what_it_was_asked(model, folders, ki
 
 def test_a_host_of_the_padded_graph(model, folders):
     metrics = Metrics()
-    host = Host(folders["padded"], parameters("onnxruntime", "padded"), 4, metrics.pb_utils())
+    host = Host(folders["padded"], config("onnxruntime", "padded"), metrics.pb_utils())
     rows = texts(16, 7, 12)
     ids = np.array([np.pad(row, (0, 16 - len(row))) for row in rows], np.int32)
     assert_agrees(host.infer([ids[:1], ids[1:]]), reference(model, rows))
     assert metrics.counted == {"text": 35, "computed": 48}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "instances", "more", "threads"),
+    [
+        (8, 1, {}, 8),
+        (8, 2, {}, 4),
+        (5, 2, {}, 2),
+        (2, 4, {}, 1),
+        (8, 2, {"threads": "3"}, 3),
+        (8, 2, {"threads": "0"}, 4),
+    ],
+)
+def test_instances_share_the_cpus(folders, monkeypatch, cpus, instances, more, threads):
+    monkeypatch.setattr(host_module, "cpu_limit", lambda: cpus)
+    metrics = Metrics()
+    Host(folders["padded"], config("onnxruntime", "padded", instances, **more), metrics.pb_utils())
+    assert metrics.log == [f"onnxruntime fp32, {threads} threads"]
 
 
 # The count of the work.

@@ -21,8 +21,10 @@ from millibert_ensemble import contract
 from millibert_ensemble.repository_check import CONFIG, FUSED_WIRING, WIRING, check_repository, parse_config
 
 
-def fuse(repository: Path, out: Path) -> dict[str, Any]:
+def fuse(repository: Path, out: Path, instances: int | None = None) -> dict[str, Any]:
     """Publish the fused form of `repository` at `out` in one step; returns its manifest.
+
+    `instances` share the CPUs; as many as the release has engines unless it says how many.
 
     Raises `UsageError` where the repository is broken or fused already; `out` is then as it was.
     """
@@ -43,7 +45,7 @@ def fuse(repository: Path, out: Path) -> dict[str, Any]:
                 if path.is_file() and path.name != "model.py" and ".plan" not in path.suffixes:
                     shutil.copyfile(path, version / path.name)
         shutil.copyfile(MODELS / FUSED / "model.py", version / "model.py")
-        config = _config(repository, name)
+        config = _config(repository, name, instances)
         (staging / name / CONFIG).write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
         manifest = {**check.manifest, WIRING: FUSED_WIRING}
         manifest.pop("tensorrt", None)
@@ -52,16 +54,19 @@ def fuse(repository: Path, out: Path) -> dict[str, Any]:
     return manifest
 
 
-def _config(repository: Path, name: str) -> Any:
+def _config(repository: Path, name: str, instances: int | None) -> Any:
     """The template with the limits, queues and parameters that the four models have."""
     config = load_config(FUSED)
     bert = parse_config(repository / contract.BERT / CONFIG)
     config.name, config.max_batch_size = name, parse_config(repository / name / CONFIG).max_batch_size
     config.dynamic_batching.CopyFrom(bert.dynamic_batching)
+    config.instance_group[0].count = instances or bert.instance_group[0].count
     # Not the tokenizer's: it sets a deadline for an engine in another process.
     for model in (name, contract.BERT, contract.POSTPROCESS):
         for key, value in parse_config(repository / model / CONFIG).parameters.items():
             config.parameters[key].string_value = value.string_value
+    if instances is not None and "threads" in config.parameters:
+        config.parameters["threads"].string_value = "0"  # it was for another number of instances
     check_config(config, FUSED)
     return config
 

@@ -8,8 +8,9 @@ examples:
 
 All of --concurrency and --texts are measured over gRPC on the texts as they are. Everything else is compared at the
 smallest and at a usual concurrency (64, or the largest asked for): HTTP; texts of a few words, and texts up to the
-model's limit (--mixes); and other forms of the same release (--forms): `fused`, all in one model; `padded`, the
-classical layout, made from --checkpoint; `cached`, which keeps answers, so that each text is computed only once.
+model's limit (--mixes); and other forms of the same release (--forms): `fused`, all in one model, and `fused2`, two
+instances of it; `padded`, the classical layout, made from --checkpoint; `cached`, which keeps answers, so that each
+text is computed only once.
 
 Load comes from perf_analyzer where that is installed (`python -m load.install_perf_analyzer`), else from our own
 client; the report says which. Each case is run several times in turns with all others, each time after the engine alone
@@ -48,7 +49,7 @@ from millibert._labelled_texts import LabelledText, read_labelled_texts
 from millibert_build.fuse import fuse
 from millibert_ensemble.server import TritonServer
 
-AS_IT_IS, FUSED, PADDED, CACHED = "release", "fused", "padded", "cached"
+AS_IT_IS, FUSED, FUSED_2, PADDED, CACHED = "release", "fused", "fused2", "padded", "cached"
 _USUAL_CONCURRENCY = 64
 
 
@@ -61,7 +62,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transports", choices=("grpc", "http"), nargs="+", default=["grpc", "http"])
     parser.add_argument("--mixes", choices=tuple(MIXES), nargs="+", default=list(MIXES))
     parser.add_argument(
-        "--forms", choices=(FUSED, PADDED, CACHED), nargs="*", help="default: all, `padded` if there is a --checkpoint"
+        "--forms",
+        choices=(FUSED, FUSED_2, PADDED, CACHED),
+        nargs="*",
+        help="default: all, `padded` if there is a --checkpoint",
     )
     parser.add_argument("--seconds", type=positive_float, default=5.0, metavar="N", help="of each run")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="runs of each case")
@@ -133,7 +137,7 @@ def plan(args: argparse.Namespace, forms: Sequence[str]) -> Iterator[Case]:
 
 def _forms(args: argparse.Namespace) -> list[str]:
     if args.forms is None:
-        return [FUSED, *([PADDED] if args.checkpoint else []), CACHED]
+        return [FUSED, FUSED_2, *([PADDED] if args.checkpoint else []), CACHED]
     if PADDED in args.forms and args.checkpoint is None:
         raise UsageError("--forms padded needs --checkpoint: `millibert build` keeps it in its --work folder")
     return list(args.forms)
@@ -146,6 +150,7 @@ def _serve(
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millibert-load-")))
     make: dict[str, Callable[[Path], object]] = {
         FUSED: lambda out: fuse(args.repository, out),
+        FUSED_2: lambda out: fuse(args.repository, out, 2),
         PADDED: lambda out: write_padded_twin(args.repository, args.checkpoint, texts, out),
         CACHED: lambda out: write_cached_twin(args.repository, len(texts), out),
     }

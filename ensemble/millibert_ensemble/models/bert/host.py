@@ -17,11 +17,14 @@ from .work import DESCRIPTION, KINDS, METRIC, Ledger
 
 
 class Host:
-    """`model.onnx` in a folder, in the engine, precision and layout that the config's parameters name."""
+    """`model.onnx` in a folder, as Triton's config of the model says."""
 
-    def __init__(self, folder: Path, parameters: dict[str, str], max_texts: int, pb_utils: Any) -> None:
-        # All that the CPU limit allows, unless the config says how many (`millibert tune-serving` tries).
-        threads, max_tokens = int(parameters.get("threads", "0")) or cpu_limit(), int(parameters["max_tokens"])
+    def __init__(self, folder: Path, config: dict[str, Any], pb_utils: Any) -> None:
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        max_tokens = int(parameters["max_tokens"])
+        # Instances share what the CPU limit allows, unless the config says how many (`millibert tune-serving` tries).
+        share = max(1, cpu_limit() // config["instance_group"][0]["count"])
+        threads = int(parameters.get("threads", "0")) or share
         layout = parameters["layout"]
         open_engine = ENGINES[parameters["engine"]]
         self._engine = open_engine(folder / "model.onnx", parameters["precision"], threads, layout == "rows")
@@ -29,7 +32,7 @@ class Host:
         if layout == "rows":
             warm_up_rows(self._engine, max_tokens)
         else:
-            warm_up_padded(self._engine, max_texts, max_tokens)
+            warm_up_padded(self._engine, config["max_batch_size"], max_tokens)
         self._family = pb_utils.MetricFamily(METRIC, DESCRIPTION, pb_utils.MetricFamily.COUNTER)
         counters = {kind: self._family.Metric(labels={"kind": kind}) for kind in KINDS}
         self._ledger = Ledger(lambda kind, tokens: counters[kind].increment(tokens))

@@ -22,10 +22,9 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up the engine; Triton reports ready only after it."""
         config = json.loads(args["model_config"])
-        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        self._max_tokens = int(parameters["max_tokens"])
+        self._max_tokens = int(config["parameters"]["max_tokens"]["string_value"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        self._host = Host(folder, parameters, config["max_batch_size"], pb_utils)
+        self._host = Host(folder, config, pb_utils)
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         labels = {"model": args["model_name"]}
         self._busy = self._family.Metric(labels={**labels, "reason": "busy"})

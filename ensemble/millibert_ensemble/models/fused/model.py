@@ -28,7 +28,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         self._tokenizer = load(folder / "tokenizer.json")
         self._ranker = Ranker(folder, parameters)
-        self._host = Host(folder, parameters, config["max_batch_size"], pb_utils)
+        self._host = Host(folder, config, pb_utils)
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         self._invalid = self._family.Metric(labels={"model": args["model_name"], "reason": "invalid"})
 
