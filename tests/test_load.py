@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -251,7 +252,24 @@ def test_overload_is_judged_by_what_was_asked_for():
     lost = overload.judge(answers(usual, usual, over, (5, 0.01, "INTERNAL"), over, over, over), 2, 2, 50)
     assert held(lost) == [True, False, True, False]
     assert lost["over"]["failed_otherwise"] == 5
+    assert [second["p99_ms"] for second in lost["after"]] == pytest.approx([30] * 2)
     assert "FAIL  every other request" in overload.table({**lost, **OVERHEAD})
+
+
+def test_as_before_is_no_worse_than_the_worst_second_before():
+    def seconds(*refused: int) -> Answers:
+        parts = [answers((80, 0.01, ANSWERED)) for _ in refused]
+        for one, count in zip(parts, refused, strict=True):
+            one.status[:count] = "UNAVAILABLE"
+        due = np.concatenate([part.due + second for second, part in enumerate(parts)])
+        return Answers(due, np.full(len(due), 0.01), np.concatenate([part.status for part in parts]))
+
+    def recovery(*refused: int) -> Any:
+        return overload.judge(seconds(*refused), 4, 1, 50)["recovery_seconds"]
+
+    assert recovery(0, 0, 2, 0, 40, 2, 0, 0) == 0
+    assert recovery(0, 0, 2, 0, 40, 80, 3, 1, 0) == 2
+    assert recovery(0, 0, 0, 0, 40, 1, 1, 1, 0) is None  # the last second is not whole
 
 
 OVERHEAD = {"model": "m", "cpus": 2, "cpu": "x", "load": "l", "capacity": 100.0, "queue_timeout_ms": 50.0}

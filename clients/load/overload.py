@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,7 +95,8 @@ def judge(answers: Answers, usual_seconds: float, over_seconds: float, queue_tim
     refused = np.isin(over.status, BUSY)
     p99_usual, p99_over = usual.percentile(99), over.percentile(99)
     refused_ms = 1000 * float(np.percentile(over.latency[refused], 99)) if refused.any() else 0.0
-    recovery = _recovery(answers, over_to, p99_usual)
+    after = _seconds(answers, over_to, float(answers.due.max()))
+    recovery = _recovery(_seconds(answers, 0.2 * usual_seconds, over_from), after, p99_usual)
     other = int((~(over.answered | refused)).sum())
     verdicts = {
         f"p99 of accepted requests at most {_SLOWER:g} times that at {_USUAL:g} of capacity": p99_over
@@ -117,17 +119,38 @@ def judge(answers: Answers, usual_seconds: float, over_seconds: float, queue_tim
             "failed_otherwise": other,
         },
         "recovery_seconds": recovery,
+        "after": [second._asdict() for second in after],
         "verdicts": [{"asked": asked, "held": bool(held)} for asked, held in verdicts.items()],
     }
 
 
-def _recovery(answers: Answers, over_to: float, p99_usual: float) -> float | None:
-    """Seconds after the overload until a second is as good as before: all answered, p99 at most twice; None: never."""
-    last = float(answers.due.max())
-    for second in range(int(last - over_to)):
-        window = answers.between(over_to + second, over_to + second + 1)
-        if len(window.due) and window.answered.all() and window.percentile(99) <= 2 * p99_usual:
-            return float(second)
+class Second(NamedTuple):
+    """A second of a phase."""
+
+    answered: float  # share of what was due then
+    p99_ms: float | None
+    """Of what was answered."""
+
+
+def _seconds(answers: Answers, start: float, end: float) -> list[Second]:
+    """Each whole second of a phase in which anything was due."""
+    windows = (answers.between(start + second, start + second + 1) for second in range(int(end - start)))
+    return [
+        Second(float(window.answered.mean()), window.percentile(99) if window.answered.any() else None)
+        for window in windows
+        if len(window.due)
+    ]
+
+
+def _recovery(before: Sequence[Second], after: Sequence[Second], p99_usual: float) -> int | None:
+    """After how many seconds one is as before; None: never.
+
+    That is, no fewer answered than in the worst second before, and p99 at most twice the usual.
+    """
+    worst = min((second.answered for second in before), default=1.0)
+    for index, one in enumerate(after):
+        if one.answered >= worst and one.p99_ms is not None and one.p99_ms <= 2 * p99_usual:
+            return index
     return None
 
 
