@@ -74,7 +74,7 @@ scaling: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
-	@$(BIN)/pytest -m slow
+	@$(BIN)/pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

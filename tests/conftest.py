@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from millibert._errors import UsageError
 from millibert_ensemble import installation
@@ -38,8 +39,14 @@ CUSTOMER_SERVICE = Path(__file__).parents[1] / "build" / "scenarios" / "customer
 _SLOW = {"triton", "release", "tensorrt_release"}
 
 
+# Files that take a minute or more, longest first: with several workers, what starts last is what all wait for.
+_LONGEST = ("tune", "build", "load", "native_config", "retune", "engine", "verify_gpu", "multi_label", "client_lifetime")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a server or a release, so that all else can run first, and on all CPUs."""
+    """Mark what needs a server or a release, so that all else can run first; the longest files come first."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     for item in items:
         if _SLOW & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("e2e"):
             item.add_marker("slow")
@@ -174,15 +181,34 @@ min_accuracy = {min_accuracy}
 """
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first worker to need it makes, and all workers of this run share."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    folder, made = run / name, run / f"{name}.made"
+    with FileLock(run / f"{name}.lock"):
+        if not made.exists():
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """The demo's data and base model, trained for two epochs: small, quick, and real."""
-    folder = tmp_path_factory.mktemp("release")
-    made = Release(folder / "repository", folder / "work", folder / "scenario.toml")
-    made.scenario.write_text(SCENARIO.format(data=CUSTOMER_SERVICE, min_accuracy=0.2))
-    done = made.build(made.repository, None, "--precision", "fp32")
-    assert done.returncode == 0, done.stderr
-    return made
+    """The demo's data and base model, trained for two epochs: small, quick, and real. Tests do not change it."""
+
+    def make(folder: Path) -> None:
+        new = Release(folder / "repository", folder / "work", folder / "scenario.toml")
+        new.scenario.write_text(SCENARIO.format(data=CUSTOMER_SERVICE, min_accuracy=0.2))
+        done = new.build(new.repository, None, "--precision", "fp32")
+        assert done.returncode == 0, done.stderr
+
+    folder = once(tmp_path_factory, "release", make)
+    # Builds write their reports into the work folder, and only one at a time: each worker has its own.
+    work = shutil.copytree(folder / "work", tmp_path_factory.mktemp("work"), dirs_exist_ok=True)
+    return Release(folder / "repository", work, folder / "scenario.toml")
 
 
 @pytest.fixture(scope="session", params=["packed", "padded"])
@@ -190,10 +216,13 @@ def tensorrt_release(
     request: pytest.FixtureRequest, release: Release, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The same checkpoint with a graph for TensorRT, in each layout; tests work on copies of it."""
-    out = tmp_path_factory.mktemp("tensorrt") / "repository"
-    done = release.build(out, None, "--precision", "fp32", "--tensorrt", "fp16", "--tensorrt-layout", request.param)
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(folder: Path) -> None:
+        graph = ["--tensorrt", "fp16", "--tensorrt-layout", request.param]
+        done = release.build(folder / "repository", None, "--precision", "fp32", *graph)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, f"tensorrt-{request.param}", make) / "repository"
 
 
 @pytest.fixture

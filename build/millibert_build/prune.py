@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from millibert._errors import UsageError
+from millibert_build.accelerator import computes_in_bf16
 from millibert_build.scenario import Pruning
 
 STRUCTURE = "millibert_structure"
@@ -113,11 +114,13 @@ def drop_layers(model: PreTrainedModel, batches: Sequence[Batch], count: int, lo
 
 
 def _mean_loss(model: PreTrainedModel, batches: Sequence[Batch], loss: Loss) -> float:
+    """In bf16 where the device computes in it: exact enough to tell layers apart, and much faster."""
     total, texts = 0.0, 0
-    with torch.inference_mode():
+    half = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(model.device))
+    with torch.inference_mode(), half:
         for input_ids, attention_mask, targets in batches:
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-            total += float(loss(logits, targets)) * len(input_ids)
+            total += float(loss(logits.float(), targets)) * len(input_ids)
             texts += len(input_ids)
     return total / texts
 
