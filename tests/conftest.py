@@ -40,7 +40,7 @@ _SLOW = {"triton", "release", "tensorrt_release"}
 
 
 # Files that take a minute or more, longest first: with several workers, what starts last is what all wait for.
-_LONGEST = ("tune", "build", "load", "native_config", "retune", "engine", "verify_gpu", "multi_label", "client_lifetime")
+_LONGEST = "tune build load native_config retune engine verify_gpu multi_label client_lifetime".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
