@@ -39,8 +39,8 @@ CUSTOMER_SERVICE = Path(__file__).parents[1] / "build" / "scenarios" / "customer
 _SLOW = {"triton", "release", "tensorrt_release"}
 
 
-# Files that take a minute or more, longest first: with several workers, what starts last is what all wait for.
-_LONGEST = "tune build load native_config retune engine verify_gpu multi_label client_lifetime".split()
+# Slow files that take a minute or more, longest first: with several workers, what starts last is what all wait for.
+_LONGEST = ["tune", "build", "load", "native_config", "retune", "engine", "verify_gpu", "multi_label"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
