@@ -20,7 +20,7 @@ from load.ceiling import EngineAlone, Pace, load_tokenizer
 from load.generator import Answers, Load, Phase, due_times, measure, send
 from load.mixes import make_mix
 from load.transports import ANSWERED, triton_requests
-from load.twins import write_cached_twin, write_fp32_twin, write_packed_graph, write_padded_twin
+from load.twins import write_cached_twin, write_fp32_twin, write_padded_twin
 from millibert import MillibertError
 from millibert import _perf_analyzer as perf_analyzer
 from millibert._errors import UsageError
@@ -82,18 +82,6 @@ def test_the_engine_alone_gives_the_labels_of_the_texts_in_their_order(release):
     pace = alone.pace_on(TEXTS)()
     assert pace.texts_per_second > 0
     assert pace.batch_1_ms > 0
-    assert pace.packed_texts_per_second is None
-
-
-def test_the_engine_alone_is_measured_in_the_packed_layout_too(release, tmp_path):
-    write_packed_graph(release.repository, release.work / "checkpoint", TEXTS, tmp_path / "packed.onnx")
-    alone = EngineAlone(release.repository, tmp_path / "packed.onnx")
-    pace = alone.pace_on(TEXTS)()
-    assert pace.packed_texts_per_second is not None
-    assert pace.packed_texts_per_second > 0
-    assert pace.packed_texts_per_second != pace.texts_per_second
-    with pytest.raises(UsageError, match="not a checkpoint"):
-        write_packed_graph(release.repository, tmp_path, TEXTS, tmp_path / "other.onnx")
 
 
 def test_shares_are_of_what_the_engine_did_just_before():
@@ -108,11 +96,7 @@ def test_shares_are_of_what_the_engine_did_just_before():
     assert found["of_engine"] == 0.5
     assert found["above_engine_ms"] == 1.5
     assert found["texts_per_second"] == 375
-    assert "of_packed" not in found
     assert "above_engine_ms" not in as_json(Case("release", "data", "grpc", 1, 8), runs)
-    paces = [Pace(1000, 1.0, 800), Pace(500, 2.0, 400), Pace(1000, 1.0, 800)]
-    packed = [run._replace(engine=pace) for run, pace in zip(runs, paces, strict=True)]
-    assert as_json(Case("release", "data", "grpc", 1, 1), packed)["of_packed"] == 0.625
     assert as_json(Case("release", "data", "grpc", 32, 8), runs[2:])["runs"] == 0
 
 

@@ -26,11 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 from millibert_build.engine import Floats, available_precisions
-from millibert_build.layouts import packed_parts, rectangle, requests_of, without_padding
+from millibert_build.layouts import packed, rectangle, requests_of, without_padding
 from millibert_build.release import cpu_name
 from millibert_build.scenario import Engine as EngineName
 from millibert_ensemble.models.bert.engines import ENGINES, Engine
-from millibert_ensemble.models.bert.inference import LAYOUTS, infer
+from millibert_ensemble.models.bert.inference import LAYOUTS, Part, infer
 from millibert_ensemble.models.bert.threads import cpu_limit
 
 Ids = list[list[int]]
@@ -134,7 +134,16 @@ def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 def _runner(engine: Engine, layout: str, batches: Sequence[Ids]) -> Callable[[], Floats]:
     """All batches on all streams; what a request brings is laid out beforehand."""
     if layout == "packed":
-        return lambda: np.concatenate([infer(engine, packed_parts(batch, engine.streams)) for batch in batches])
+        return lambda: np.concatenate([infer(engine, _packed_parts(batch, engine.streams)) for batch in batches])
     # Of the padded layout a batch is one request, padded to its longest text; of rows, a request a text.
     requests = [[rectangle(batch)] if layout == "padded" else requests_of(batch) for batch in batches]
     return lambda: np.concatenate([infer(engine, LAYOUTS[layout](each, engine.streams)) for each in requests])
+
+
+def _packed_parts(batch: Ids, streams: int) -> list[Part]:
+    """Sorted by length, about as many tokens for each stream."""
+    order = np.argsort([len(ids) for ids in batch], kind="stable")
+    tokens = np.cumsum([len(batch[index]) for index in order])
+    cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, streams) / streams)
+    parts = [part for part in np.split(order, cuts) if len(part)]
+    return [Part(part, packed([batch[index] for index in part])) for part in parts]

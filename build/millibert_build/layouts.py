@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from millibert_ensemble.models.bert.engines import Arrays
-from millibert_ensemble.models.bert.inference import Part
 
 # Engines are faster in shapes that they have seen: tokens in all, and the longest text, are rounded up to multiples.
 _TOKENS, _LONGEST = 16, 8
@@ -30,15 +29,6 @@ def packed(batch: Sequence[Sequence[int]]) -> Arrays:
         "max_length": np.zeros(_round_up(int(lengths.max()), _LONGEST), np.float32),
         "span": np.zeros(1, np.int32),
     }
-
-
-def packed_parts(batch: Sequence[Sequence[int]], streams: int) -> list[Part]:
-    """The texts sorted by length, an execution of the packed graph for each stream, about as many tokens in each."""
-    order = np.argsort([len(ids) for ids in batch], kind="stable")
-    tokens = np.cumsum([len(batch[index]) for index in order])
-    cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, streams) / streams)
-    parts = [part for part in np.split(order, cuts) if len(part)]
-    return [Part(part, packed([batch[index] for index in part])) for part in parts]
 
 
 def rectangle(batch: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:

@@ -13,11 +13,10 @@ instances of it; `padded`, the classical layout, made from --checkpoint; `cached
 text is computed only once.
 
 Load comes from perf_analyzer where that is installed (`python -m load.install_perf_analyzer`), else from our own
-client; the report says which. The engine alone is also measured in the packed layout, tokens end to end as Triton's
-native backends have them, where there is a --checkpoint. Each case is run several times in turns with all others, each
-time after the engine alone on the same texts, and medians are shown, of ratios too (of a single text under way: the p50
-above the engine's). On a machine that the load shares with the server the figures are lower than a server of its own
-would give; ratios within one run are what counts.
+client; the report says which. Each case is run several times in turns with all others, each time after the engine alone
+on the same texts, and medians are shown, of ratios too (of a single text under way: the p50 above the engine's). On a
+machine that the load shares with the server the figures are lower than a server of its own would give; ratios within
+one run are what counts.
 
 exit status: 0 measured, 1 a request failed, 2 wrong usage
 """
@@ -41,7 +40,7 @@ from load.command import run_command
 from load.machine import describe_machine
 from load.mixes import MIXES, make_mix
 from load.released import add_release
-from load.twins import write_cached_twin, write_packed_graph, write_padded_twin
+from load.twins import write_cached_twin, write_padded_twin
 from millibert import _perf_analyzer as perf_analyzer
 from millibert import connect
 from millibert._arguments import positive_float, positive_int
@@ -57,8 +56,7 @@ _USUAL_CONCURRENCY = 64
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
-    made_from = "what the release was made from; for `padded`, and the engine alone in the packed layout"
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help=made_from)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="what the release was made from; for `padded`")
     parser.add_argument("--concurrency", type=positive_int, nargs="+", default=[1, 8, 32, 64, 256], metavar="N")
     parser.add_argument("--texts", type=positive_int, nargs="+", default=[1, 8, 32], metavar="N", help="of a request")
     parser.add_argument("--transports", choices=("grpc", "http"), nargs="+", default=["grpc", "http"])
@@ -92,8 +90,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     forms = _forms(args)
     tokenizer, max_tokens = load_tokenizer(args.repository)
     mixes = {name: make_mix(name, [row.text for row in rows], tokenizer, max_tokens) for name in ("data", *args.mixes)}
+    alone = EngineAlone(args.repository)
     with ExitStack() as stack:
-        alone = _alone(stack, args, [row.text for row in rows])
         servers = _serve(stack, args, forms, [row.text for row in rows])
         quality = _quality(servers[AS_IT_IS], rows, alone)
         bench = Bench(
@@ -119,16 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _alone(stack: ExitStack, args: argparse.Namespace, texts: Sequence[str]) -> EngineAlone:
-    """Beside the engine as it is one of the packed layout, which the checkpoint is needed for."""
-    if args.checkpoint is None:
-        return EngineAlone(args.repository)
-    graph = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millibert-load-")), "packed.onnx")
-    write_packed_graph(args.repository, args.checkpoint, texts, graph)
-    return EngineAlone(args.repository, graph)
-
-
-def _engine(cases: Mapping[Case, Sequence[Run]], mix: str) -> dict[str, float | None]:
+def _engine(cases: Mapping[Case, Sequence[Run]], mix: str) -> dict[str, float]:
     """The engine alone on a mix, by all times that it was measured."""
     return Pace.median([run.engine for case, runs in cases.items() if case.mix == mix for run in runs])._asdict()
 

@@ -93,9 +93,6 @@ def as_json(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         "p50_ms": statistics.median(served.p50_ms for _, served in pairs),
         "p99_ms": statistics.median(served.p99_ms for _, served in pairs),
     }
-    packed = [(engine.packed_texts_per_second, served.texts_per_second) for engine, served in pairs]
-    if all(rate is not None for rate, _ in packed):
-        document["of_packed"] = statistics.median(served / rate for rate, served in packed if rate is not None)
     if case.texts == case.concurrency == 1:
         document["above_engine_ms"] = statistics.median(served.p50_ms - engine.batch_1_ms for engine, served in pairs)
     return document

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from millibert._errors import UsageError
-from millibert_build.layouts import packed_parts
 from millibert_ensemble import contract
 from millibert_ensemble.models.bert.engines import ENGINES, Engine, Floats
 from millibert_ensemble.models.bert.inference import in_rows, infer
@@ -33,17 +32,11 @@ class Pace(NamedTuple):
 
     texts_per_second: float  # sorted by length, in batches of the model's limit: the best it can do
     batch_1_ms: float
-    packed_texts_per_second: float | None = None  # the same in the packed layout, where that is measured
 
     @staticmethod
     def median(paces: Sequence[Pace]) -> Pace:
         """Of each figure by itself."""
-        rates, singles, packed = zip(*paces, strict=True)
-        return Pace(
-            statistics.median(rates),
-            statistics.median(singles),
-            None if None in packed else statistics.median(packed),
-        )
+        return Pace(*(statistics.median(values) for values in zip(*paces, strict=True)))
 
 
 def load_tokenizer(repository: Path) -> tuple[Tokenizer, int]:
@@ -53,16 +46,15 @@ def load_tokenizer(repository: Path) -> tuple[Tokenizer, int]:
 
 
 class EngineAlone:
-    """The engine of a release in this process, warmed up, and beside it one of the `packed` graph, if there is one."""
+    """The engine of a release in this process, warmed up."""
 
-    def __init__(self, repository: Path, packed: Path | None = None) -> None:
+    def __init__(self, repository: Path) -> None:
         config = parse_config(repository / contract.BERT / CONFIG)
         parameters = {key: value.string_value for key, value in config.parameters.items()}
         self.precision = parameters["precision"]
         self._engine = _open(repository, parameters)
         self._tokenizer, _ = load_tokenizer(repository)
         self._batch = config.max_batch_size
-        self._packed = packed and ENGINES[parameters["engine"]](packed, self.precision, cpu_limit())
 
     def best_labels(self, texts: Sequence[str]) -> npt.NDArray[np.intp]:
         """Index of the best label of each text, in order."""
@@ -78,10 +70,13 @@ class EngineAlone:
         by_length = sorted(rows, key=lambda row: row.shape[1])
         batches = [by_length[start : start + self._batch] for start in range(0, len(rows), self._batch)]
         some = batches[:: -(-len(rows) // _TEXTS)]
-        packed = self._infer_packed if self._packed else None
+        count = sum(map(len, some))
 
         def measure() -> Pace:
-            return Pace(_rate(self._infer, some), self._single(rows[:_SINGLE]), packed and _rate(packed, some))
+            start = time.perf_counter()
+            for batch in some:
+                self._infer(batch)
+            return Pace(count / (time.perf_counter() - start), self._single(rows[:_SINGLE]))
 
         measure()  # the first is slower
         return measure
@@ -92,10 +87,6 @@ class EngineAlone:
     def _infer(self, batch: Sequence[Ids]) -> Floats:
         return infer(self._engine, in_rows(batch, self._engine.streams))
 
-    def _infer_packed(self, batch: Sequence[Ids]) -> Floats:
-        assert self._packed
-        return infer(self._packed, packed_parts([row[0] for row in batch], self._packed.streams))
-
     def _single(self, rows: Sequence[Ids]) -> float:
         """Milliseconds of a text alone: median."""
         times = []
@@ -104,14 +95,6 @@ class EngineAlone:
             self._infer([row])
             times.append(time.perf_counter() - start)
         return 1000 * statistics.median(times)
-
-
-def _rate(run: Callable[[Sequence[Ids]], Floats], batches: Sequence[Sequence[Ids]]) -> float:
-    """Texts a second."""
-    start = time.perf_counter()
-    for batch in batches:
-        run(batch)
-    return sum(map(len, batches)) / (time.perf_counter() - start)
 
 
 def _open(repository: Path, parameters: dict[str, str]) -> Engine:

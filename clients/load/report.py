@@ -31,7 +31,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"accuracy served {report['served_accuracy']:.2%}, in process {report['engine_accuracy']:.2%}, same label "
         f"{report['same_label']:.2%}",
         f"{'form':>7} {'mix':>6} {'':>5} {'texts each':>11} {'under way':>10} {'texts/s':>9} {'of engine':>10} "
-        f"{'of packed':>10} {'p50 ms':>8} {'p99 ms':>8}",
+        f"{'p50 ms':>8} {'p99 ms':>8}",
         *map(_row, report["cases"]),
     ]
     return "\n".join(lines)
@@ -43,12 +43,8 @@ def _engines(report: Mapping[str, Any]) -> Iterable[str]:
         yield (
             f"engine alone, in process, {mix} ({lengths['mean_tokens']:.0f} tokens a text, longest "
             f"{lengths['longest']}): {engine['texts_per_second']:,.0f} texts/s sorted by length, "
-            f"{engine['batch_1_ms']:.2f} ms for one text{_packed(engine['packed_texts_per_second'])}"
+            f"{engine['batch_1_ms']:.2f} ms for one text"
         )
-
-
-def _packed(rate: float | None) -> str:
-    return "" if rate is None else f"; in the packed layout {rate:,.0f} texts/s"
 
 
 def _row(case: Mapping[str, Any]) -> str:
@@ -58,9 +54,7 @@ def _row(case: Mapping[str, Any]) -> str:
     # One text after the other: what is on top of the engine's own time says more than a share of its rate.
     above = case.get("above_engine_ms")
     engine = f"{case['of_engine']:.2f}" if above is None else f"{above:+.2f} ms"
-    packed = f"{case['of_packed']:.2f}" if "of_packed" in case else ""
-    shares = f"{engine:>10} {packed:>10}"
-    return f"{head} {case['texts_per_second']:>9,.0f} {shares} {case['p50_ms']:>8.2f} {case['p99_ms']:>8.2f}"
+    return f"{head} {case['texts_per_second']:>9,.0f} {engine:>10} {case['p50_ms']:>8.2f} {case['p99_ms']:>8.2f}"
 
 
 def write_plot(path: Path, report: Mapping[str, Any]) -> None:

@@ -39,15 +39,11 @@ def write_padded_twin(repository: Path, checkpoint: Path, texts: Sequence[str], 
     tokenizer.parameters["buckets"].string_value = json.dumps(buckets_of(max_tokens))
     for name, config in ((contract.BERT, bert), (contract.TOKENIZER, tokenizer)):
         _replace(out / name / CONFIG, text_format.MessageToString(config, as_utf8=True).encode())
-    path = out / contract.BERT / contract.VERSION / "model.onnx"
-    path.unlink()
-    _write_graph("padded", repository, checkpoint, texts, path)
-
-
-def write_packed_graph(repository: Path, checkpoint: Path, texts: Sequence[str], out: Path) -> None:
-    """The graph of Triton's native backends, tokens end to end, in the release's precision; int8 as for `padded`."""
-    _check_checkpoint(checkpoint)
-    _write_graph("packed", repository, checkpoint, texts, out)
+    path = repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json"
+    encodings = load(path).encode_batch_fast(list(texts[:_CALIBRATION_TEXTS]))
+    ids = [encoding.ids for encoding in encodings]
+    graph = _padded_graph(checkpoint, max_tokens, bert.parameters["precision"].string_value, ids)
+    _replace(out / contract.BERT / contract.VERSION / "model.onnx", graph)
 
 
 def write_cached_twin(repository: Path, cached: int, out: Path) -> None:
@@ -89,28 +85,20 @@ def _replace(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _write_graph(layout: str, repository: Path, checkpoint: Path, texts: Sequence[str], out: Path) -> None:
+def _padded_graph(checkpoint: Path, max_tokens: int, precision: str, ids: Sequence[Sequence[int]]) -> bytes:
     from millibert_build.checkpoint import load_model
-    from millibert_build.export import export_packed, export_padded, export_rows
+    from millibert_build.export import export_padded, export_rows
     from millibert_build.layouts import without_padding
     from millibert_build.quantize import calibrate, quantize_dynamic, write_quantized
 
-    export = {"padded": export_padded, "packed": export_packed}[layout]
-    parameters = parse_config(repository / contract.BERT / CONFIG).parameters
-    max_tokens, precision = (parameters[name].string_value for name in ("max_tokens", "precision"))
     with tempfile.TemporaryDirectory() as folder:
-        rows, plain = (Path(folder, f"{name}.onnx") for name in ("rows", "plain"))
-        export(load_model(checkpoint), int(max_tokens), plain)
+        rows, padded, out = (Path(folder, f"{name}.onnx") for name in ("rows", "padded", "out"))
+        export_padded(load_model(checkpoint), max_tokens, padded)
         if precision == "int8":
-            export_rows(load_model(checkpoint), int(max_tokens), rows)
-            ids = _token_ids(repository, texts[:_CALIBRATION_TEXTS])
-            write_quantized(plain, out, calibrate(rows, without_padding(ids, _BATCH)))
+            export_rows(load_model(checkpoint), max_tokens, rows)
+            write_quantized(padded, out, calibrate(rows, without_padding(ids, _BATCH)))
         elif precision == "int8_dynamic":
-            quantize_dynamic(plain, out)
+            quantize_dynamic(padded, out)
         else:
-            shutil.move(plain, out)
-
-
-def _token_ids(repository: Path, texts: Sequence[str]) -> list[list[int]]:
-    path = repository / contract.TOKENIZER / contract.VERSION / "tokenizer.json"
-    return [encoding.ids for encoding in load(path).encode_batch_fast(list(texts))]
+            out = padded
+        return out.read_bytes()
