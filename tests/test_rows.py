@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from millibert_ensemble.models.bert.inference import LAYOUTS, in_rows, infer, padded
-from millibert_ensemble.models.bert.rows import NARROW, SHARED, Shape, arrange, capacity, divide, finish, shapes, widths
+from millibert_ensemble.models.bert.rows import (
+    NARROW,
+    SHARED,
+    Execution,
+    Shape,
+    arrange,
+    capacity,
+    divide,
+    finish,
+    shapes,
+    widths,
+)
 
 STREAMS = (1, 2, 4, 16)
 MAX_TOKENS = 128
@@ -188,6 +199,17 @@ def test_inputs_tell_each_token_its_text_and_its_position():
     assert inputs["position"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, *left]]
     assert inputs["text"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, *[-1] * len(left)]]
     assert inputs["first"].tolist() == [0, 4, 7, 0, 0]  # room for five texts
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 128])
+def test_a_text_alone_is_laid_out_like_any_other(length):
+    text = np.arange(1, length + 1, dtype=np.int32)
+    ((shape, _),) = divide([length], 2)
+    alone = arrange([text], Execution(shape, [[0]]))
+    other = arrange([np.ones(3, np.int32), text], Execution(shape, [[1]]))
+    assert alone.keys() == other.keys()
+    for name, values in alone.items():
+        np.testing.assert_array_equal(values, other[name], strict=True)
 
 
 @pytest.mark.parametrize("streams", STREAMS)

@@ -7,9 +7,7 @@ of the graph that are compiled for just these. Figures are in docs/log.md.
 
 from __future__ import annotations
 
-import statistics
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from .threads import fastest
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 Floats = npt.NDArray[np.float32]
@@ -27,10 +27,6 @@ Shapes = tuple[tuple[int, ...], ...]
 # only for executions of up to so many tokens, which take a few milliseconds.
 _SMALL_GRAPH = 128 * 2**20
 _SHORT_EXECUTION = 64
-# Several threads for one execution must be this much faster; they keep the others waiting.
-_WORTH_IT = 0.85
-# Runs that a latency is the median of.
-_RUNS = 40
 
 
 class EngineError(RuntimeError):
@@ -57,6 +53,8 @@ class Engine(Protocol):
 
     streams: int
     """Executions that run at the same time."""
+    threads_alone: int
+    """Of an execution that runs alone, once `prepare` has found out."""
 
     def infer(self, inputs: Arrays) -> Floats:
         """Run the graph once, alone; returns a copy of its output."""
@@ -77,7 +75,9 @@ class Engine(Protocol):
 class OpenVino:
     """One thread a stream: fp32, bf16 where the CPU has it, or a Q/DQ graph in int8."""
 
-    def __init__(self, path: Path, precision: str, threads: int, few_shapes: bool = False) -> None:
+    def __init__(
+        self, path: Path, precision: str, threads: int, few_shapes: bool = False, alone: int | None = None
+    ) -> None:
         import openvino
 
         self._core = openvino.Core()
@@ -93,7 +93,7 @@ class OpenVino:
         self._type = "bf16" if has_bf16 and precision != "fp32" else "f32"
         small = few_shapes and path.stat().st_size <= _SMALL_GRAPH
         self._fixed: Callable[[Arrays], bool] = lambda inputs: small and (precision == "int8" or _is_short(inputs))
-        self.streams = threads
+        self.streams, self.threads_alone, self._most_alone = threads, 1, alone or threads
         self._forms = self._make_forms(threads, streams=threads)
         self._alone: dict[Shapes, _Forms] = {}
         self._pool = ThreadPoolExecutor(threads)
@@ -120,7 +120,7 @@ class OpenVino:
                 self._run(inputs, self._forms)
 
         list(self._pool.map(run, range(self.streams)))
-        threads = fastest(self.streams, lambda count: self._latency(count, alone[0]))
+        threads = self.threads_alone = fastest(self._most_alone, lambda count: self._runner(count, alone[0]))
         forms = self._make_forms(threads, streams=1) if threads > 1 else self._forms
         self._alone = {shapes_of(inputs): forms for inputs in alone}
         for inputs in [*examples, *alone]:
@@ -140,9 +140,9 @@ class OpenVino:
         mine.seen.add(size)
         return logits
 
-    def _latency(self, threads: int, inputs: Arrays) -> float:
+    def _runner(self, threads: int, inputs: Arrays) -> Callable[[], object]:
         request = self._make_forms(threads, streams=1).of(inputs).create_infer_request()
-        return median_seconds(lambda: request.infer(inputs, share_inputs=True))
+        return lambda: request.infer(inputs, share_inputs=True)
 
     def _make_forms(self, threads: int, streams: int) -> _Forms:
         options = {
@@ -194,13 +194,15 @@ class _Requests(threading.local):
 class OnnxRuntime:
     """One thread a session run: fp32, a Q/DQ graph in int8, or a dynamically quantised graph."""
 
-    def __init__(self, path: Path, precision: str, threads: int, few_shapes: bool = False) -> None:
+    def __init__(
+        self, path: Path, precision: str, threads: int, few_shapes: bool = False, alone: int | None = None
+    ) -> None:
         del few_shapes  # shapes make no difference here
         check_precision("onnxruntime", precision)
         # Fused with their bias, the products of a Q/DQ graph would not be found by the fusion that makes them int8,
         # and run in fp32, slower than the fp32 graph.
         self._path, self._disabled = path, ["MatMulAddFusion"] if precision == "int8" else []
-        self.streams = threads
+        self.streams, self.threads_alone, self._most_alone = threads, 1, alone or threads
         self._alone = self._session = self._open(1)
         self._pool = ThreadPoolExecutor(threads)
 
@@ -218,11 +220,11 @@ class OnnxRuntime:
     def prepare(self, examples: Sequence[Arrays], alone: Sequence[Arrays]) -> None:
         """Run these shapes; find out how many threads are best on the first of `alone`."""
 
-        def latency(threads: int) -> float:
+        def runner(threads: int) -> Callable[[], object]:
             session = self._open(threads)
-            return median_seconds(lambda: session.run(None, dict(alone[0])))
+            return lambda: session.run(None, dict(alone[0]))
 
-        threads = fastest(self.streams, latency)
+        threads = self.threads_alone = fastest(self._most_alone, runner)
         self._alone = self._session if threads == 1 else self._open(threads)
         self.infer_all([*examples, *alone])
         for inputs in alone:
@@ -247,29 +249,14 @@ def _is_short(inputs: Arrays) -> bool:
     return max(values.size for values in inputs.values()) <= _SHORT_EXECUTION
 
 
-def fastest(most: int, latency: Callable[[int], float]) -> int:
-    """How many threads to use, of 1, 2, 4, … `most`: more only where they are clearly faster than fewer."""
-    best, seconds = 1, latency(1)
-    for threads in sorted({*(1 << power for power in range(1, most.bit_length())), most} - {1}):
-        measured = latency(threads)
-        if measured < _WORTH_IT * seconds:
-            best, seconds = threads, measured
-    return best
-
-
-def median_seconds(run: Callable[[], object]) -> float:
-    """How long it takes: median of some runs, after as many to warm up."""
-    seconds = []
-    for _ in range(2 * _RUNS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[_RUNS:])
-
-
 class _Opens(Protocol):
-    def __call__(self, path: Path, precision: str, threads: int, few_shapes: bool = False) -> Engine:
-        """The graph at `path` with so many threads; `few_shapes` promises that inputs have one of a few shapes."""
+    def __call__(
+        self, path: Path, precision: str, threads: int, few_shapes: bool = False, alone: int | None = None
+    ) -> Engine:
+        """The graph at `path` with so many threads; `few_shapes` promises that inputs have one of a few shapes.
+
+        `alone` is how many threads a text alone may have at most, by default as many.
+        """
         ...
 
 

@@ -23,13 +23,15 @@ class Host:
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         max_tokens = int(parameters["max_tokens"])
         # Instances share what the CPU limit allows, unless the config says how many (`millibert tune-serving` tries).
-        share = max(1, cpu_limit() // config["instance_group"][0]["count"])
-        threads = int(parameters.get("threads", "0")) or share
+        cpus = cpu_limit()
+        given = int(parameters.get("threads", "0"))
+        threads = given or max(1, cpus // config["instance_group"][0]["count"])
         layout = parameters["layout"]
+        in_rows = layout == "rows"
         open_engine = ENGINES[parameters["engine"]]
-        self._engine = open_engine(folder / "model.onnx", parameters["precision"], threads, layout == "rows")
+        self._engine = open_engine(folder / "model.onnx", parameters["precision"], threads, in_rows, given or cpus)
         self._arrange = LAYOUTS[layout]
-        if layout == "rows":
+        if in_rows:
             warm_up_rows(self._engine, max_tokens)
         else:
             warm_up_padded(self._engine, config["max_batch_size"], max_tokens)
@@ -38,7 +40,8 @@ class Host:
         self._ledger = Ledger(lambda kind, tokens: counters[kind].increment(tokens))
         cached = int(parameters.get("cache_texts", "0"))
         self._memory = Memory(cached) if cached else None
-        pb_utils.Logger.log_info(f"{parameters['engine']} {parameters['precision']}, {threads} threads")
+        alone = f"{self._engine.threads_alone} for an execution alone"
+        pb_utils.Logger.log_info(f"{parameters['engine']} {parameters['precision']}, {threads} threads, {alone}")
 
     def infer(self, requests: Sequence[Ids]) -> Floats:
         """Logits [texts, labels] of all texts of the requests, in their order."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -76,6 +77,8 @@ def capacity(width: int) -> int:
 
 def divide(lengths: Sequence[int], streams: int) -> list[Execution]:
     """Share out the texts of a batch, the most expensive execution first: streams take them in this order."""
+    if len(lengths) == 1:
+        return [Execution(Shape(1, _width_of(lengths[0])), [[0]])]
     choices = [*SHARED, *NARROW] if sum(lengths) <= streams * max(SHARED) else SHARED
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     divisions = [_divide(lengths, order, width, streams) for width in choices]
@@ -93,6 +96,8 @@ def finish(costs: Sequence[int], streams: int) -> int:
 def arrange(texts: Sequence[Ids], execution: Execution) -> Inputs:
     """The inputs of the graph of rows; `first` has room for as many texts as the shape can hold."""
     rows, width = execution.shape
+    if execution.rows == [[0]]:
+        return _arrange_alone(texts[0], width)
     indices = [index for row in execution.rows for index in row]
     lengths = np.fromiter((len(texts[index]) for index in indices), np.int64, len(indices))
     row = np.repeat(np.arange(len(execution.rows)), [len(each) for each in execution.rows])
@@ -111,6 +116,23 @@ def arrange(texts: Sequence[Ids], execution: Execution) -> Inputs:
     first[: len(starts)] = starts
     input_ids, positions, text = grid.reshape(3, rows, width)
     return {"input_ids": input_ids, "position": positions, "text": text, "first": first}
+
+
+def _arrange_alone(text: Ids, width: int) -> Inputs:
+    """What `arrange` makes of a single text, in a fraction of the time: somebody is waiting for it."""
+    grid = np.zeros((3, 1, width), np.int32)
+    input_ids, positions, texts = grid
+    input_ids[0, : len(text)] = text
+    positions[0, : len(text)] = np.arange(len(text))
+    texts[0, len(text) :] = -1
+    first = np.zeros(capacity(width), np.int32)
+    return {"input_ids": input_ids, "position": positions, "text": texts, "first": first}
+
+
+@lru_cache
+def _width_of(length: int) -> int:
+    """The narrowest row that holds a text."""
+    return next(width for width in widths(length) if width >= length)
 
 
 def _divide(lengths: Sequence[int], order: Sequence[int], narrowest: int, streams: int) -> list[Execution]:

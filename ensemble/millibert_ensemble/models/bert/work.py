@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from .engines import Arrays
 
@@ -13,10 +14,10 @@ DESCRIPTION = "Tokens of all executions: of the texts themselves, and computed o
 KINDS = ("text", "computed")
 
 
-def work_of(inputs: Arrays) -> Counter[str]:
+def work_of(inputs: Arrays) -> dict[str, int]:
     """Tokens that are text, and those that were computed on."""
     ids = inputs["input_ids"]
-    return Counter({"text": int((ids != 0).sum()), "computed": ids.size})
+    return {"text": int(np.count_nonzero(ids)), "computed": ids.size}
 
 
 class Ledger:
@@ -25,15 +26,17 @@ class Ledger:
     def __init__(self, tell: Callable[[str, int], None], every_seconds: float = 1.0) -> None:
         self._tell = tell
         self._every = every_seconds
-        self._sum: Counter[str] = Counter()
+        self._sum = dict.fromkeys(KINDS, 0)
         self._told = float("-inf")
 
     def add(self, parts: Iterable[Arrays], now: float) -> None:
         """Count executions; `now` is a monotonic time in seconds."""
         for inputs in parts:
-            self._sum += work_of(inputs)
+            for kind, tokens in work_of(inputs).items():
+                self._sum[kind] += tokens
         if now - self._told >= self._every:
             for kind, tokens in self._sum.items():
-                self._tell(kind, tokens)
-            self._sum.clear()
+                if tokens:
+                    self._tell(kind, tokens)
+            self._sum = dict.fromkeys(KINDS, 0)
             self._told = now

@@ -39,9 +39,10 @@ class TritonPythonModel:
         top_k: dict[int, int] = {}
         for index, request in enumerate(requests):
             try:
-                wanted = self._ranker.requested_top_k(request.parameters())
+                parameters = request.parameters()
+                wanted = self._ranker.requested_top_k(parameters)
                 # Only looked at: Triton does not say when a request came, so that nobody here knows how long it waited.
-                requested_timeout(request.parameters(), 0)
+                requested_timeout(parameters, 0)
                 texts[index] = decode(pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy())
                 top_k[index] = wanted
             except ValueError as error:

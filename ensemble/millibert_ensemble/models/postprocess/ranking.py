@@ -50,7 +50,7 @@ class Ranker:
         # A row of NaN is an engine that could not trust its input; it only spoils its own request.
         with np.errstate(invalid="ignore"):
             scores = self._activation(logits / self._temperature)
-        broken = np.isnan(scores).any(axis=1)
+        broken = np.isnan(scores).any(axis=1).tolist()
         ranking = best(scores, max(top_k))
         labels = self._labels[ranking.ids]
         accepted = ranking.scores >= self._thresholds[ranking.ids]
@@ -58,7 +58,7 @@ class Ranker:
         for count, k in zip(texts, top_k, strict=True):
             rows = slice(start, start + count)
             whole = Answer(labels[rows, :k], ranking.scores[rows, :k], ranking.ids[rows, :k], accepted[rows, :k])
-            yield None if broken[rows].any() else whole
+            yield None if any(broken[rows]) else whole
             start += count
 
 
@@ -87,7 +87,8 @@ ACTIVATIONS = {"single_label": softmax, "multi_label": sigmoid}
 def best(scores: Floats, top_k: int) -> Ranking:
     """The `top_k` highest of [B, labels]; equal scores in the order of their ids."""
     ids = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-    return Ranking(ids.astype(np.int32), np.take_along_axis(scores, ids, axis=1).astype(np.float32))
+    rows = np.arange(len(scores))[:, None]
+    return Ranking(ids.astype(np.int32), scores[rows, ids].astype(np.float32))
 
 
 def requested_top_k(parameters: str, default: int, labels: int) -> int:

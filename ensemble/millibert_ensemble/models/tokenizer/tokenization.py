@@ -67,9 +67,7 @@ def _tokens(encodings: list, buckets: Sequence[int]) -> Tokens:  # type: ignore[
     rows = [encoding.ids for encoding in encodings]
     longest = max(map(len, rows))
     width = next((bucket for bucket in buckets if bucket >= longest), longest)
-    input_ids = np.zeros((len(rows), width), np.int32)
-    for row, ids in zip(input_ids, rows, strict=True):
-        row[: len(ids)] = ids
+    input_ids = np.array([ids + [0] * (width - len(ids)) for ids in rows], np.int32)
     truncated = np.array([[bool(encoding.overflowing)] for encoding in encodings])
     span = 1 if buckets else -(-longest // len(rows))
     return Tokens(input_ids, np.zeros((len(rows), span), np.int32), truncated)
