@@ -57,7 +57,7 @@ def test_it_is_a_whole_release_of_one_model(fused, release):
 
 def test_instances_are_those_of_the_release_or_those_asked_for(release, tmp_path):
     tuned = tmp_path / "tuned"
-    write_variant(release.repository, Settings(instances=2, threads=3, batch=64, queue_delay_us=0), tuned)
+    write_variant(release.repository, Settings(instances=2, threads=3, batch=64, queue_delay_us=0), tuned, cpus=2)
     manifest = json.loads((tuned / "release.json").read_text())
     (tuned / "release.json").unlink()
     (tuned / "release.json").write_text(json.dumps({**manifest, "files": dict(hash_files(tuned))}))

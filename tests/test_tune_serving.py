@@ -25,9 +25,17 @@ def test_settings_are_read_and_written(release, tmp_path):
     assert (own.instances, own.threads, own.queue_delay_us) == (1, 2, 0)
     assert own.batch >= 16
     wanted = Settings(2, 1, 64, 500)
-    write_variant(release.repository, wanted, tmp_path / "variant")
-    assert read_settings(tmp_path / "variant", cpus=2) == wanted
+    write_variant(release.repository, wanted, tmp_path / "variant", cpus=4)
+    assert read_settings(tmp_path / "variant", cpus=4) == wanted
+    assert read_settings(tmp_path / "variant", cpus=8) == wanted
     assert read_settings(release.repository, cpus=2) == own
+
+
+def test_threads_that_are_a_share_of_the_cpus_stay_that(release, tmp_path):
+    write_variant(release.repository, Settings(2, 2, 64, 0), tmp_path / "variant", cpus=4)
+    assert read_settings(tmp_path / "variant", cpus=4).threads == 2
+    assert read_settings(tmp_path / "variant", cpus=16).threads == 8
+    assert read_settings(tmp_path / "variant", cpus=1).threads == 1
 
 
 def test_alternatives_differ_in_one_respect_and_fit_the_machine():

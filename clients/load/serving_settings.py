@@ -43,9 +43,10 @@ def read_settings(repository: Path, cpus: int) -> Settings:
     """Those that a release has; `cpus` is what the engine uses where its config leaves that open."""
     config = parse_config(repository / engine_model(repository) / CONFIG)
     threads = config.parameters["threads"].string_value if "threads" in config.parameters else "0"
+    instances = config.instance_group[0].count
     return Settings(
-        instances=config.instance_group[0].count,
-        threads=int(threads) or cpus,
+        instances=instances,
+        threads=int(threads) or _share(cpus, instances),
         batch=config.max_batch_size,
         queue_delay_us=config.dynamic_batching.max_queue_delay_microseconds,
     )
@@ -58,7 +59,8 @@ def alternatives(now: Settings, cpus: int, least_batch: int) -> Iterator[Setting
     """
     for instances in (1, 2):
         # Together no more threads than there are CPUs; and one fewer, which leaves one to Triton itself.
-        for threads in sorted({max(1, cpus // instances), max(1, cpus // instances - 1)}, reverse=True):
+        share = _share(cpus, instances)
+        for threads in sorted({share, max(1, share - 1)}, reverse=True):
             yield now._replace(instances=instances, threads=threads)
     for batch in (least_batch, 2 * least_batch, 4 * least_batch):
         yield now._replace(batch=batch)
@@ -66,19 +68,30 @@ def alternatives(now: Settings, cpus: int, least_batch: int) -> Iterator[Setting
         yield now._replace(queue_delay_us=delay)
 
 
-def write_variant(repository: Path, settings: Settings, out: Path) -> None:
-    """A copy of a release, of hard links, with these settings."""
+def write_variant(repository: Path, settings: Settings, out: Path, cpus: int) -> None:
+    """A copy of a release, of hard links, with these settings, found on a machine of so many CPUs."""
     shutil.copytree(repository, out, copy_function=os.link)
     path = out / engine_model(repository) / CONFIG
-    config = changed(parse_config(path), settings)
+    config = changed(parse_config(path), settings, cpus)
     path.unlink()
     path.write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
 
 
-def changed(config: Any, settings: Settings) -> Any:
-    """The config of the engine's model with these settings."""
+def changed(config: Any, settings: Settings, cpus: int) -> Any:
+    """The config of the engine's model with these settings.
+
+    Threads that are the instance's share of the CPUs are left open: on another machine its share is another one, and a
+    text alone then has all CPUs.
+    """
     config.instance_group[0].count = settings.instances
     config.parameters["threads"].string_value = str(settings.threads)
+    if settings.threads == _share(cpus, settings.instances):
+        del config.parameters["threads"]
     config.max_batch_size = settings.batch
     config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     return config
+
+
+def _share(cpus: int, instances: int) -> int:
+    """Threads of an instance whose config leaves them open (models/bert/host.py)."""
+    return max(1, cpus // instances)

@@ -199,7 +199,7 @@ class _Trials:
         # Beside the release: hard links do not reach into another file system.
         with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._args.repository.resolve().parent) as folder:
             variant = Path(folder, "repository")
-            write_variant(self._args.repository, settings, variant)
+            write_variant(self._args.repository, settings, variant, cpu_limit())
             with (
                 TritonServer(variant) as server,
                 millibert.connect(server.grpc_url, server.services[0]) as client,
@@ -209,7 +209,7 @@ class _Trials:
 
 def _publish(repository: Path, settings: Settings, out: Path, evidence: dict[str, Any]) -> None:
     with replacing(out) as staging, tempfile.TemporaryDirectory(dir=repository.resolve().parent) as folder:
-        write_variant(repository, settings, variant := Path(folder, "repository"))
+        write_variant(repository, settings, variant := Path(folder, "repository"), cpu_limit())
         shutil.copytree(variant, staging, dirs_exist_ok=True)
         manifest = _release(repository)
         (staging / RELEASE_FILE).unlink()
