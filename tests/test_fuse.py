@@ -74,6 +74,13 @@ def test_instances_are_those_of_the_release_or_those_asked_for(release, tmp_path
         cli.main(["fuse", "--repository", str(tuned), "--out", str(tmp_path / "none"), "--instances", "0"])
 
 
+def test_an_execution_merges_as_many_texts_as_one_of_the_engine(fused, release):
+    bert = parse_config(release.repository / "bert" / CONFIG)
+    assert parse_config(fused / "support" / CONFIG).max_batch_size == bert.max_batch_size
+    # So a request may be larger than one to the ensemble, and never smaller.
+    assert bert.max_batch_size > parse_config(release.repository / "support" / CONFIG).max_batch_size
+
+
 def test_preflight_notices_what_is_broken(fused, tmp_path):
     copy = Path(shutil.copytree(fused, tmp_path / "copy", copy_function=os.link))
     rewrite(copy / "support" / "config.pbtxt", (copy / "support" / "config.pbtxt").read_text().replace("SCORE", "SC"))

@@ -58,7 +58,9 @@ def _config(repository: Path, name: str, instances: int | None) -> Any:
     """The template with the limits, queues and parameters that the four models have."""
     config = load_config(FUSED)
     bert = parse_config(repository / contract.BERT / CONFIG)
-    config.name, config.max_batch_size = name, parse_config(repository / name / CONFIG).max_batch_size
+    # As many texts as an execution of the engine merges, which is more than a request to the ensemble may have: here both
+    # are one limit.
+    config.name, config.max_batch_size = name, bert.max_batch_size
     config.dynamic_batching.CopyFrom(bert.dynamic_batching)
     config.instance_group[0].count = instances or bert.instance_group[0].count
     # Not the tokenizer's: it sets a deadline for an engine in another process.

@@ -22,7 +22,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load everything and warm up the engine; Triton reports ready only after it."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # Unlike the tokenizer of an ensemble: while this one works, the engine waits for it anyway.
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         folder = Path(args["model_repository"]) / args["model_version"]
