@@ -58,7 +58,7 @@ def _config(repository: Path, name: str, instances: int | None) -> Any:
     """The template with the limits, queues and parameters that the four models have."""
     config = load_config(FUSED)
     bert = parse_config(repository / contract.BERT / CONFIG)
-    # As many texts as an execution of the engine merges. A request to the ensemble may have fewer; here both are one limit.
+    # As many texts as an execution of the engine merges: more than a request to the ensemble may have.
     config.name, config.max_batch_size = name, bert.max_batch_size
     config.dynamic_batching.CopyFrom(bert.dynamic_batching)
     config.instance_group[0].count = instances or bert.instance_group[0].count
