@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,16 +173,21 @@ def test_threads_are_as_many_as_are_clearly_faster_and_two_where_in_doubt(millis
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     started = []
+    kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def start(threads):
-        started.append(threads)
+    class Run:
+        """Holds the weights once more, so that only few may be kept."""
 
-        def run() -> None:
-            clock[0] += milliseconds[threads] / 1000
+        def __init__(self, threads: int) -> None:
+            self.seconds = milliseconds[threads] / 1000
+            started.append(threads)
+            kept.add(self)
+            assert len(kept) <= 2
 
-        return run
+        def __call__(self) -> None:
+            clock[0] += self.seconds
 
-    assert fastest(max(milliseconds), start) == expected
+    assert fastest(max(milliseconds), Run) == expected
     assert started == [*milliseconds]
 
 

@@ -54,22 +54,30 @@ def _quota(folder: Path) -> list[float]:
 def fastest(most: int, start: Callable[[int], Callable[[], object]]) -> int:
     """How many threads to use, of 1, 2, 4, … `most`: more than two only where they are clearly faster than fewer.
 
-    `start` gives what runs with so many threads. They take turns, and the best time of each counts: what else runs on
-    the machine, most of all while a server starts, only ever makes it longer. Two are given up only where one is
-    clearly faster: a virtual machine may be without its second core for seconds, and one thread would be the choice for
-    as long as the server runs.
+    `start` gives what runs with so many threads; no more than two of these are kept at a time. They take turns, and the
+    best time of each counts: what else runs on the machine, most of all while a server starts, only ever makes it
+    longer. Two are given up only where one is clearly faster: a virtual machine may be without its second core for
+    seconds, and one thread would be the choice for as long as the server runs.
     """
-    counts = sorted({*(1 << power for power in range(most.bit_length())), most})
-    runs = {count: start(count) for count in counts}
-    least = dict.fromkeys(counts, math.inf)
-    for _ in range(_TURNS):
-        for count, run in runs.items():
-            least[count] = min(least[count], _least_seconds(run))
-    best = 1 if most < 2 or least[1] < _WORTH_IT * least[2] else 2
-    for count in counts:
-        if least[count] < _WORTH_IT * least[best]:
-            best = count
+    best, run = 1, start(1)
+    for count in sorted({*(1 << power for power in range(1, most.bit_length())), most} - {1}):
+        other = start(count)
+        seconds, of_other = _in_turns(run, other)
+        clearly = of_other < _WORTH_IT * seconds
+        in_doubt = count == 2 and seconds >= _WORTH_IT * of_other
+        if clearly or in_doubt:
+            best, run = count, other
+        del other  # before the next one is made
     return best
+
+
+def _in_turns(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
+    """The least seconds of a run of each."""
+    least = [math.inf, math.inf]
+    for _ in range(_TURNS):
+        for place, run in enumerate((one, other)):
+            least[place] = min(least[place], _least_seconds(run))
+    return least[0], least[1]
 
 
 def _least_seconds(run: Callable[[], object]) -> float:
