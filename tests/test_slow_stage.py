@@ -30,14 +30,14 @@ _execute = TritonPythonModel.execute
 
 def _slowly(self, requests):
     responses = _execute(self, requests)
-    time.sleep(0.06)
+    time.sleep(0.15)
     return responses
 
 
 TritonPythonModel.execute = _slowly
 """
 # Between what a busy machine takes for the stage as it is, and the pause.
-SLO = "p50<50ms,errors<1%"
+SLO = "p50<100ms,errors<1%"
 
 
 def millibert(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -88,6 +88,6 @@ def test_a_slow_stage_is_found(release: Release, triton: Serve, before: Path, tm
     assert comparison["slowest_stage"] == stage
     (worst,) = [change for change in comparison["stages"] if change["name"] == stage]
     # What it took more is the pause, and is in no part but the stage's own work and its queue.
-    assert worst["now"] - worst["previous"] > 50
-    assert worst["parts_ms"]["compute"] > 50
+    assert worst["now"] - worst["previous"] > 100
+    assert worst["parts_ms"]["compute"] > 100
     assert stage in page.read_text(encoding="utf-8")
