@@ -189,6 +189,8 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     folder, made = run / name, run / f"{name}.made"
     with FileLock(run / f"{name}.lock"):
         if not made.exists():
+            # What is left of a worker that failed would hide from this one why.
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             make(folder)
             made.touch()

@@ -6,12 +6,12 @@ example:
   millibert fuse --repository banking77_repository --instances 2 --out banking77_fused     # more a second, more memory
 
 Same name, same contract, same answers; `serve`, `preflight`, `stages` and every client work as before. What it brings
-is measured by `python -m load` (forms `fused` and `fused2`); docs/performance.md has figures. The ensemble stays
-as it is.
+is measured by `python -m load` (forms `fused` and `fused2`); docs/performance.md has figures. A request may have twice
+as many texts. The ensemble stays as it is.
 
 An instance computes nothing while Triton takes its answers and brings it new requests. With two, which share the CPUs,
-one does so while the other computes: more requests a second. But each holds an engine in memory, and a text that is
-alone has fewer threads.
+one does so while the other computes: more large requests a second. But each holds an engine in memory, and texts that
+come one at a time go to both in turn, which is slower.
 
 exit status: 0 made, 1 failed (the reason is on stderr), 2 wrong usage
 """

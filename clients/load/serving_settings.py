@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from google.protobuf import text_format
 
 from millibert_ensemble import contract
+from millibert_ensemble.models.bert.threads import share_of
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
 
@@ -46,7 +47,7 @@ def read_settings(repository: Path, cpus: int) -> Settings:
     instances = config.instance_group[0].count
     return Settings(
         instances=instances,
-        threads=int(threads) or _share(cpus, instances),
+        threads=int(threads) or share_of(cpus, instances),
         batch=config.max_batch_size,
         queue_delay_us=config.dynamic_batching.max_queue_delay_microseconds,
     )
@@ -59,7 +60,7 @@ def alternatives(now: Settings, cpus: int, least_batch: int) -> Iterator[Setting
     """
     for instances in (1, 2):
         # Together no more threads than there are CPUs; and one fewer, which leaves one to Triton itself.
-        share = _share(cpus, instances)
+        share = share_of(cpus, instances)
         for threads in sorted({share, max(1, share - 1)}, reverse=True):
             yield now._replace(instances=instances, threads=threads)
     for batch in (least_batch, 2 * least_batch, 4 * least_batch):
@@ -85,13 +86,8 @@ def changed(config: Any, settings: Settings, cpus: int) -> Any:
     """
     config.instance_group[0].count = settings.instances
     config.parameters["threads"].string_value = str(settings.threads)
-    if settings.threads == _share(cpus, settings.instances):
+    if settings.threads == share_of(cpus, settings.instances):
         del config.parameters["threads"]
     config.max_batch_size = settings.batch
     config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     return config
-
-
-def _share(cpus: int, instances: int) -> int:
-    """Threads of an instance whose config leaves them open (models/bert/host.py)."""
-    return max(1, cpus // instances)

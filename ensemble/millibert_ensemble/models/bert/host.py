@@ -11,7 +11,7 @@ from .engines import ENGINES, Floats
 from .inference import LAYOUTS, infer
 from .memory import Memory
 from .texts import Ids, texts_of
-from .threads import cpu_limit
+from .threads import cpu_limit, share_of
 from .warmup import warm_up_padded, warm_up_rows
 from .work import DESCRIPTION, KINDS, METRIC, Ledger
 
@@ -25,7 +25,7 @@ class Host:
         # Instances share what the CPU limit allows, unless the config says how many (`millibert tune-serving` tries).
         cpus = cpu_limit()
         given = int(parameters.get("threads", "0"))
-        threads = given or max(1, cpus // config["instance_group"][0]["count"])
+        threads = given or share_of(cpus, config["instance_group"][0]["count"])
         layout = parameters["layout"]
         in_rows = layout == "rows"
         open_engine = ENGINES[parameters["engine"]]

@@ -51,6 +51,11 @@ def _quota(folder: Path) -> list[float]:
     return []
 
 
+def share_of(cpus: int, instances: int) -> int:
+    """Threads of each instance where its config leaves them open."""
+    return max(1, cpus // instances)
+
+
 def fastest(most: int, start: Callable[[int], Callable[[], object]]) -> int:
     """How many threads to use, of 1, 2, 4, … `most`: more than two only where they are clearly faster than fewer.
 
