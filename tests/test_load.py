@@ -256,7 +256,7 @@ def test_overload_is_judged_by_what_was_asked_for():
     assert "FAIL  every other request" in overload.table({**lost, **OVERHEAD})
 
 
-def test_as_before_is_a_second_without_a_refusal():
+def test_as_before_is_a_second_with_no_more_refusals_than_the_worst_one_before():
     def seconds(*refused: int) -> Answers:
         parts = [answers((80, 0.01, ANSWERED)) for _ in refused]
         for one, count in zip(parts, refused, strict=True):
@@ -268,8 +268,9 @@ def test_as_before_is_a_second_without_a_refusal():
         return overload.judge(seconds(*refused), 4, 1, 50)["recovery_seconds"]
 
     assert recovery(0, 0, 2, 0, 40, 0, 1, 0) == 0
-    assert recovery(0, 0, 2, 0, 40, 80, 3, 0, 0) == 2
+    assert recovery(0, 0, 2, 0, 40, 80, 3, 2, 0) == 2
     assert recovery(0, 0, 0, 0, 40, 1, 1, 1, 0) is None  # the last second is not whole
+    assert recovery(9, 0, 0, 0, 40, 1, 1, 1, 0) is None  # the first one was warming up
 
 
 OVERHEAD = {"model": "m", "cpus": 2, "cpu": "x", "load": "l", "capacity": 100.0, "queue_timeout_ms": 50.0}

@@ -95,8 +95,9 @@ def judge(answers: Answers, usual_seconds: float, over_seconds: float, queue_tim
     refused = np.isin(over.status, BUSY)
     p99_usual, p99_over = usual.percentile(99), over.percentile(99)
     refused_ms = 1000 * float(np.percentile(over.latency[refused], 99)) if refused.any() else 0.0
+    before = _seconds(answers, 0.2 * usual_seconds, over_from)
     after = _seconds(answers, over_to, float(answers.due.max()))
-    recovery = _recovery(after, p99_usual)
+    recovery = _recovery(after, before, p99_usual)
     other = int((~(over.answered | refused)).sum())
     verdicts = {
         f"p99 of accepted requests at most {_SLOWER:g} times that at {_USUAL:g} of capacity": p99_over
@@ -142,10 +143,14 @@ def _seconds(answers: Answers, start: float, end: float) -> list[Second]:
     ]
 
 
-def _recovery(after: Sequence[Second], p99_usual: float) -> int | None:
-    """After how many seconds one is as good as before: all answered, p99 at most twice; None: never."""
+def _recovery(after: Sequence[Second], before: Sequence[Second], p99_usual: float) -> int | None:
+    """After how many seconds one is as good as before: no fewer answered than in the worst, p99 at most twice.
+
+    None: never. At 0.8 of the capacity a second may have a few refusals, before the overload as after it.
+    """
+    least = min(second.answered for second in before)
     for index, one in enumerate(after):
-        if one.answered == 1 and one.p99_ms is not None and one.p99_ms <= 2 * p99_usual:
+        if one.answered >= least and one.p99_ms is not None and one.p99_ms <= 2 * p99_usual:
             return index
     return None
 
