@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc
+import tritonclient.grpc.aio
 from tests.conftest import CUSTOMER_SERVICE, rewrite
 from tests.test_end_to_end import as_bytes
 from tritonclient.utils import InferenceServerException
 
 import millibert
-from load.serving_settings import Settings, write_variant
+from load.serving_settings import Settings, read_settings, write_variant
 from millibert import cli
 from millibert._labelled_texts import read_labelled_texts
 from millibert_build.repository import hash_files
@@ -74,11 +76,22 @@ def test_instances_are_those_of_the_release_or_those_asked_for(release, tmp_path
         cli.main(["fuse", "--repository", str(tuned), "--out", str(tmp_path / "none"), "--instances", "0"])
 
 
-def test_an_execution_merges_as_many_texts_as_one_of_the_engine(fused, release):
-    bert = parse_config(release.repository / "bert" / CONFIG)
-    assert parse_config(fused / "support" / CONFIG).max_batch_size == bert.max_batch_size
+def test_the_engine_merges_as_many_texts_and_the_model_takes_all_that_wait(fused, release):
+    config = parse_config(fused / "support" / CONFIG)
+    merged = parse_config(release.repository / "bert" / CONFIG).max_batch_size
+    assert config.parameters["max_texts"].string_value == str(merged)
+    assert config.max_batch_size > 10 * merged
     # So a request may be larger than one to the ensemble, and never smaller.
-    assert bert.max_batch_size > parse_config(release.repository / "support" / CONFIG).max_batch_size
+    assert merged > parse_config(release.repository / "support" / CONFIG).max_batch_size
+
+
+def test_a_fused_release_is_tuned_in_what_the_engine_merges(fused, tmp_path):
+    settings = Settings(instances=1, threads=2, batch=16, queue_delay_us=500)
+    write_variant(fused, settings, tmp_path / "tuned", cpus=2)
+    config = parse_config(tmp_path / "tuned" / "support" / CONFIG)
+    assert config.parameters["max_texts"].string_value == "16"
+    assert config.max_batch_size == parse_config(fused / "support" / CONFIG).max_batch_size
+    assert read_settings(tmp_path / "tuned", cpus=2) == settings
 
 
 def test_preflight_notices_what_is_broken(fused, tmp_path):
@@ -108,6 +121,45 @@ def test_answers_are_those_of_the_ensemble(server, release, triton):
             assert answer.score == pytest.approx(wanted.score, abs=1e-3)
             assert len(answer.predictions) == 4
             assert not answer.truncated
+
+
+@pytest.mark.e2e
+def test_a_request_may_hold_what_the_engine_merges_and_no_more(server, release):
+    merged = parse_config(release.repository / "bert" / CONFIG).max_batch_size
+    with millibert.connect(server.grpc_url, "support") as client:
+        assert client.max_batch_size() == merged
+        assert len(client.classify(TEXTS[:merged])) == merged
+        with pytest.raises(
+            millibert.InvalidRequest, match=f"{merged + 1} texts in a request; this model takes {merged}"
+        ):
+            client.classify(TEXTS[: merged + 1])
+
+
+@pytest.mark.e2e
+def test_who_waits_for_too_long_is_told_and_the_others_are_answered(server):
+    with millibert.connect(server.grpc_url, "support") as client:
+        expected = [client.classify(text).label for text in TEXTS]
+
+        async def ask(raw: tritonclient.grpc.aio.InferenceServerClient, text: str) -> str:
+            tensor = tritonclient.grpc.InferInput("TEXT", [1, 1], "BYTES")
+            tensor.set_data_from_numpy(as_bytes(text.encode()))
+            answer = await raw.infer("support", [tensor], parameters={"queue_timeout_ms": 30})
+            return answer.as_numpy("LABEL")[0, 0].decode()
+
+        async def burst() -> list[str | BaseException]:
+            async with tritonclient.grpc.aio.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
+                return await asyncio.gather(*(ask(raw, text) for text in TEXTS * 50), return_exceptions=True)
+
+        found = asyncio.run(burst())
+        refused = [answer for answer in found if isinstance(answer, InferenceServerException)]
+        assert 0 < len(refused) < len(found)
+        assert {(error.status(), error.message()) for error in refused} == {
+            ("StatusCode.UNAVAILABLE", "busy: no engine free in time")
+        }
+        answered = [(label, wanted) for label, wanted in zip(found, expected * 50, strict=True) if label not in refused]
+        assert [label for label, _ in answered] == [wanted for _, wanted in answered]
+        # All is as before.
+        assert [client.classify(text).label for text in TEXTS] == expected
 
 
 @pytest.mark.e2e

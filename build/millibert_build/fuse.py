@@ -44,7 +44,8 @@ def fuse(repository: Path, out: Path, instances: int | None = None) -> dict[str,
             for path in sorted((repository / model / contract.VERSION).iterdir()):
                 if path.is_file() and path.name != "model.py" and ".plan" not in path.suffixes:
                     shutil.copyfile(path, version / path.name)
-        shutil.copyfile(MODELS / FUSED / "model.py", version / "model.py")
+        for path in sorted((MODELS / FUSED).glob("*.py")):
+            shutil.copyfile(path, version / path.name)
         config = _config(repository, name, instances)
         (staging / name / CONFIG).write_text(text_format.MessageToString(config, as_utf8=True), encoding="utf-8")
         manifest = {**check.manifest, WIRING: FUSED_WIRING}
@@ -58,14 +59,14 @@ def _config(repository: Path, name: str, instances: int | None) -> Any:
     """The template with the limits, queues and parameters that the four models have."""
     config = load_config(FUSED)
     bert = parse_config(repository / contract.BERT / CONFIG)
-    # As many texts as an execution of the engine merges: more than a request to the ensemble may have.
-    config.name, config.max_batch_size = name, bert.max_batch_size
+    config.name = name
     config.dynamic_batching.CopyFrom(bert.dynamic_batching)
     config.instance_group[0].count = instances or bert.instance_group[0].count
-    # Not the tokenizer's: it sets a deadline for an engine in another process.
-    for model in (name, contract.BERT, contract.POSTPROCESS):
+    for model in (name, *contract.COMPOSING_MODELS):
         for key, value in parse_config(repository / model / CONFIG).parameters.items():
             config.parameters[key].string_value = value.string_value
+    # As many texts as an execution of the engine merges: more than a request to the ensemble may have.
+    config.parameters[contract.MAX_TEXTS_PARAMETER].string_value = str(bert.max_batch_size)
     if instances is not None and "threads" in config.parameters:
         config.parameters["threads"].string_value = "0"  # it was for another number of instances
     check_config(config, FUSED)

@@ -14,6 +14,8 @@ from millibert_ensemble import contract
 from millibert_ensemble.models.bert.threads import share_of
 from millibert_ensemble.repository_check import CONFIG, parse_config
 
+_MERGED = contract.MAX_TEXTS_PARAMETER  # of a fused model, whose executions take more
+
 
 class Settings(NamedTuple):
     """Of the CPU engine's model."""
@@ -48,7 +50,7 @@ def read_settings(repository: Path, cpus: int) -> Settings:
     return Settings(
         instances=instances,
         threads=int(threads) or share_of(cpus, instances),
-        batch=config.max_batch_size,
+        batch=int(config.parameters[_MERGED].string_value) if _MERGED in config.parameters else config.max_batch_size,
         queue_delay_us=config.dynamic_batching.max_queue_delay_microseconds,
     )
 
@@ -88,6 +90,9 @@ def changed(config: Any, settings: Settings, cpus: int) -> Any:
     config.parameters["threads"].string_value = str(settings.threads)
     if settings.threads == share_of(cpus, settings.instances):
         del config.parameters["threads"]
-    config.max_batch_size = settings.batch
+    if _MERGED in config.parameters:
+        config.parameters[_MERGED].string_value = str(settings.batch)
+    else:
+        config.max_batch_size = settings.batch
     config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     return config

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from millibert._codec import CodecError
 from millibert._statistics import Counters
 from millibert._types import ModelState, ServerInfo
-from millibert_ensemble.contract import LABELS_PARAMETER
+from millibert_ensemble.contract import LABELS_PARAMETER, MAX_TEXTS_PARAMETER
 
 # What reading a document of another structure raises.
 WRONG_DOCUMENT = (KeyError, TypeError, ValueError, AttributeError)
@@ -30,11 +30,13 @@ class Config(NamedTuple):
 def read_config(document: Any) -> Config:
     """Read a model's configuration; raises `CodecError`."""
     try:
-        labels = document.get("parameters", {}).get(LABELS_PARAMETER, {}).get("string_value") or "[]"
+        parameters = document.get("parameters", {})
+        labels = parameters.get(LABELS_PARAMETER, {}).get("string_value") or "[]"
+        max_texts = parameters.get(MAX_TEXTS_PARAMETER, {}).get("string_value") or document.get("max_batch_size", 0)
         steps = document.get("ensemble_scheduling", {}).get("step", [])
         return Config(
             # Triton writes 0 for a model without a batch dimension: one text a request is all it could take.
-            max_batch_size=max(1, int(document.get("max_batch_size", 0))),
+            max_batch_size=max(1, int(max_texts)),
             labels=tuple(map(str, json.loads(labels))),
             steps=tuple(dict.fromkeys(str(step["model_name"]) for step in steps)),
         )

@@ -58,3 +58,6 @@ QUEUE_TIMEOUT_PARAMETER = "queue_timeout_ms"
 
 # The parameter of the ensemble's config that holds all labels, a JSON list in the order of their ids.
 LABELS_PARAMETER = "labels"
+
+# The parameter of a config that says how many texts a request may hold, where `max_batch_size` is larger than that.
+MAX_TEXTS_PARAMETER = "max_texts"

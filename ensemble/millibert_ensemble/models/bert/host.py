@@ -34,7 +34,8 @@ class Host:
         if in_rows:
             warm_up_rows(self._engine, max_tokens)
         else:
-            warm_up_padded(self._engine, config["max_batch_size"], max_tokens)
+            most = int(parameters.get("max_texts", config["max_batch_size"]))
+            warm_up_padded(self._engine, most, max_tokens)
         self._family = pb_utils.MetricFamily(METRIC, DESCRIPTION, pb_utils.MetricFamily.COUNTER)
         counters = {kind: self._family.Metric(labels={"kind": kind}) for kind in KINDS}
         self._ledger = Ledger(lambda kind, tokens: counters[kind].increment(tokens))
