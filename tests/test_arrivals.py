@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from millibert_ensemble.models.fused.arrivals import Arrivals
@@ -9,7 +11,7 @@ from millibert_ensemble.models.fused.arrivals import Arrivals
 FULL = 100
 
 
-def ages(arrivals: Arrivals, requests: int, now: float, took: float, texts: int | None = None) -> list[float]:
+def ages(arrivals: Arrivals, requests: int, now: float, took: float, texts: int | None = None) -> Any:
     """Seconds, of the requests of an execution that begins now."""
     came = arrivals.begin(requests, requests if texts is None else texts, now)
     arrivals.end(requests, now + took)

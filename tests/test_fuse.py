@@ -136,28 +136,28 @@ def test_a_request_may_hold_what_the_engine_merges_and_no_more(server, release):
 
 
 @pytest.mark.e2e
-def test_who_waits_for_too_long_is_told_and_the_others_are_answered(server):
+def test_who_has_no_time_is_told_and_the_others_are_answered(server):
     with millibert.connect(server.grpc_url, "support") as client:
         expected = [client.classify(text).label for text in TEXTS]
 
-        async def ask(raw: tritonclient.grpc.aio.InferenceServerClient, text: str) -> str:
+        async def ask(raw: tritonclient.grpc.aio.InferenceServerClient, text: str, patience_ms: float) -> str:
             tensor = tritonclient.grpc.InferInput("TEXT", [1, 1], "BYTES")
             tensor.set_data_from_numpy(as_bytes(text.encode()))
-            answer = await raw.infer("support", [tensor], parameters={"queue_timeout_ms": 30})
-            return answer.as_numpy("LABEL")[0, 0].decode()
+            answer = await raw.infer("support", [tensor], parameters={"queue_timeout_ms": patience_ms})
+            return str(answer.as_numpy("LABEL")[0, 0], "utf-8")
 
         async def burst() -> list[str | BaseException]:
             async with tritonclient.grpc.aio.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
-                return await asyncio.gather(*(ask(raw, text) for text in TEXTS * 50), return_exceptions=True)
+                # No text is tokenized within a thousandth of a millisecond.
+                calls = (ask(raw, text, patience_ms) for text in TEXTS * 10 for patience_ms in (0.001, 60_000))
+                return await asyncio.gather(*calls, return_exceptions=True)
 
         found = asyncio.run(burst())
-        refused = [answer for answer in found if isinstance(answer, InferenceServerException)]
-        assert 0 < len(refused) < len(found)
-        assert {(error.status(), error.message()) for error in refused} == {
-            ("StatusCode.UNAVAILABLE", "busy: no engine free in time")
-        }
-        answered = [(label, wanted) for label, wanted in zip(found, expected * 50, strict=True) if label not in refused]
-        assert [label for label, _ in answered] == [wanted for _, wanted in answered]
+        refused, answered = found[::2], found[1::2]
+        assert {
+            isinstance(error, InferenceServerException) and (error.status(), error.message()) for error in refused
+        } == {("StatusCode.UNAVAILABLE", "busy: no engine free in time")}
+        assert answered == expected * 10
         # All is as before.
         assert [client.classify(text).label for text in TEXTS] == expected
 

@@ -21,7 +21,7 @@ _REFUSED = ("millibert_refused_requests_total", "Requests that a model answered 
 
 
 class _Request(NamedTuple):
-    index: int  # in the execution
+    place: int  # in the execution
     texts: list[str]
     top_k: int
     deadline: float  # seconds of the monotonic clock
@@ -59,7 +59,7 @@ class TritonPythonModel:
             in_time = [request for request in part if request.deadline >= now]
             for request in part:
                 if request.deadline < now:
-                    responses[request.index] = _error("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
+                    responses[request.place] = _error("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
             if late := len(part) - len(in_time):
                 self._busy.increment(late)
             if in_time:
@@ -107,10 +107,10 @@ class TritonPythonModel:
         for request, one, answer in zip(requests, tokens, answers, strict=True):
             if answer is None:
                 reason = "the engine returned NaN for this request"
-                responses[request.index] = _error(reason, pb_utils.TritonError.INTERNAL)
+                responses[request.place] = _error(reason, pb_utils.TritonError.INTERNAL)
             else:
                 truncated = pb_utils.Tensor("TRUNCATED", one.truncated)
-                responses[request.index] = pb_utils.InferenceResponse([*tensors(answer, pb_utils), truncated])
+                responses[request.place] = pb_utils.InferenceResponse([*tensors(answer, pb_utils), truncated])
 
 
 def _error(message: str, code: Any) -> Any:
