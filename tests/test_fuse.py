@@ -149,7 +149,7 @@ def test_who_has_no_time_is_told_and_the_others_are_answered(server):
         async def burst() -> list[str | BaseException]:
             async with tritonclient.grpc.aio.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
                 # No text is tokenized within a thousandth of a millisecond.
-                calls = (ask(raw, text, patience_ms) for text in TEXTS for patience_ms in (0.001, 900))
+                calls = (ask(raw, text, patience_ms) for text in TEXTS[:20] for patience_ms in (0.001, 900))
                 return await asyncio.gather(*calls, return_exceptions=True)
 
         found = asyncio.run(burst())
@@ -157,7 +157,7 @@ def test_who_has_no_time_is_told_and_the_others_are_answered(server):
         assert {
             isinstance(error, InferenceServerException) and (error.status(), error.message()) for error in refused
         } == {("StatusCode.UNAVAILABLE", "busy: no engine free in time")}
-        assert answered == expected
+        assert answered == expected[:20]
         # All is as before.
         assert [client.classify(text).label for text in TEXTS] == expected
 

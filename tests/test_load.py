@@ -271,6 +271,8 @@ def test_as_before_is_a_second_with_no_more_refusals_than_the_worst_one_before()
     assert recovery(0, 0, 2, 0, 40, 80, 3, 2, 0) == 2
     assert recovery(0, 0, 0, 0, 40, 1, 1, 1, 0) is None  # the last second is not whole
     assert recovery(9, 0, 0, 0, 40, 1, 1, 1, 0) is None  # the first one was warming up
+    short = overload.judge(answers((80, 0.01, ANSWERED), (40, 0.01, ANSWERED), *[(80, 0.01, ANSWERED)] * 2), 1, 1, 50)
+    assert short["recovery_seconds"] == 0  # with no whole second before, one without a refusal
 
 
 OVERHEAD = {"model": "m", "cpus": 2, "cpu": "x", "load": "l", "capacity": 100.0, "queue_timeout_ms": 50.0}

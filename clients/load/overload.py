@@ -148,7 +148,7 @@ def _recovery(after: Sequence[Second], before: Sequence[Second], p99_usual: floa
 
     None: never. At 0.8 of the capacity a second may have a few refusals, before the overload as after it.
     """
-    least = min(second.answered for second in before)
+    least = min((second.answered for second in before), default=1.0)
     for index, one in enumerate(after):
         if one.answered >= least and one.p99_ms is not None and one.p99_ms <= 2 * p99_usual:
             return index

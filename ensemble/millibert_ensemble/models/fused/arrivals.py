@@ -25,10 +25,7 @@ class Arrivals:
     def begin(self, requests: int, texts: int, now: float) -> list[float]:
         """When each of so many requests came, in their order; all in seconds of one clock, that of `now`."""
         since = now if now > self._over else self._since
-        if texts < self._full:
-            self._since = now
-        else:
-            self._since = since
+        self._since = now if texts < self._full else since
         return [since + (now - since) * (place + 0.5) / requests for place in range(requests)]
 
     def end(self, requests: int, now: float) -> None:
