@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.conftest import RunningServer
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 NOWHERE = ("--url", "grpc://127.0.0.1:1", "--model", "echo")
 COMMAND = [sys.executable, "-m", "millibert.cli", "classify"]
 SECONDS = 30

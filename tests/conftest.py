@@ -32,6 +32,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # The drain of `millibert serve`, and some more.
 STOP_SECONDS = 45
+# Models that answer at once, for the clients and commands.
+CLIENT_REPOSITORY = Path(__file__).parent / "client_repository"
 CUSTOMER_SERVICE = Path(__file__).parents[1] / "build" / "scenarios" / "customer_service"
 
 
@@ -141,6 +143,13 @@ def triton(
             assert leftovers(process.pid) == []
 
     return serve
+
+
+@pytest.fixture(scope="module")
+def server(triton: Callable[..., contextlib.AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
+    """CLIENT_REPOSITORY, served once for a file; a file that needs another has a `server` of its own."""
+    with triton(CLIENT_REPOSITORY) as running:
+        yield running
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,15 @@ import select
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from tests.classifying import (
     COMMAND,
     NOWHERE,
     ONE_BY_ONE,
-    REPOSITORY,
     SECONDS,
     SLOW,
     classify,
@@ -32,12 +30,10 @@ from tests.classifying import (
     texts_in,
     wait_for_lines,
 )
+from tests.conftest import CLIENT_REPOSITORY, RunningServer
 
 from millibert import Classification, Failure, InvalidRequest, Prediction
 from millibert._answer_layouts import as_document, as_table
-
-if TYPE_CHECKING:
-    from tests.conftest import RunningServer
 
 # What needs no server
 
@@ -168,12 +164,6 @@ def test_layouts() -> None:
 
 
 # Against a real Triton
-
-
-@pytest.fixture(scope="module")
-def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
-    with triton(REPOSITORY) as running:
-        yield running
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -341,7 +331,7 @@ def test_a_server_that_goes_away_and_comes_back(
 ) -> None:
     source, output = text_file(tmp_path / "texts.txt", SLOW), tmp_path / "answers.jsonl"
     arguments = ["--input", str(source), "--output", str(output), "--patience", "1", *ONE_BY_ONE]
-    with triton(REPOSITORY) as running:
+    with triton(CLIENT_REPOSITORY) as running:
         command = [*COMMAND, *service_of(running), *arguments]
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
             wait_for_lines(partial_of(output), 3)
@@ -353,7 +343,7 @@ def test_a_server_that_goes_away_and_comes_back(
     assert error.startswith("millibert classify: ")
     answered = texts_in(partial_of(output))
     assert answered == SLOW[: len(answered)]
-    with triton(REPOSITORY) as running:
+    with triton(CLIENT_REPOSITORY) as running:
         done = classify(*service_of(running), *arguments)
     assert done.returncode == 0, done.stderr
     assert texts_in(output) == SLOW

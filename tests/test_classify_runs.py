@@ -6,8 +6,6 @@ import json
 import resource
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,6 @@ from tests.classifying import (
     COMMAND,
     NOWHERE,
     ONE_BY_ONE,
-    REPOSITORY,
     SECONDS,
     SLOW,
     classify,
@@ -32,12 +29,6 @@ from millibert._output_file import OutputFile
 
 if TYPE_CHECKING:
     from tests.conftest import RunningServer
-
-
-@pytest.fixture(scope="module")
-def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
-    with triton(REPOSITORY) as running:
-        yield running
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:

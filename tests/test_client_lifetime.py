@@ -10,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +22,8 @@ import millibert
 if TYPE_CHECKING:
     from tests.conftest import RunningServer
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 MODEL = "echo"
 SHARED_MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture(scope="module")
-def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
-    with triton(REPOSITORY) as running:
-        yield running
 
 
 def url_of(server: RunningServer, form: str) -> str:

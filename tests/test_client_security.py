@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.clients import FORMS, open_client, protocol
+from tests.conftest import CLIENT_REPOSITORY
 from tests.misbehaving import Recorder, Reply
 
 import millibert
@@ -23,7 +24,6 @@ from millibert_ensemble import installation
 from millibert_ensemble.ports import ANY_PORTS, reserve
 from millibert_ensemble.server import TritonServer
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 NAME = "gateway.test"
 TOKEN = "letmein"
 
@@ -94,7 +94,7 @@ def server(authority: Authority) -> Iterator[TritonServer]:
         "--http-restricted-api=statistics,model-repository:admin-key=hush",
         "--grpc-restricted-protocol=statistics,model-repository:admin-key=hush",
     ]
-    with TritonServer(REPOSITORY, ports=ANY_PORTS, options=options) as running:
+    with TritonServer(CLIENT_REPOSITORY, ports=ANY_PORTS, options=options) as running:
         yield running
 
 
@@ -256,7 +256,7 @@ def test_the_key_of_a_restricted_api(form: str, authority: Authority, server: Tr
 
 @pytest.mark.e2e
 def test_the_serve_command_passes_options_on_to_triton(triton: Any) -> None:
-    with triton(REPOSITORY, "--", "--grpc-restricted-protocol=statistics:admin-key=hush") as running:
+    with triton(CLIENT_REPOSITORY, "--", "--grpc-restricted-protocol=statistics:admin-key=hush") as running:
         with (
             millibert.connect(running.grpc_url, "echo") as client,
             pytest.raises(millibert.InvalidRequest, match="restricted"),

@@ -7,19 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.clients import FORMS, open_client, protocol
+from tests.conftest import CLIENT_REPOSITORY, RunningServer
 
 import millibert
 
-if TYPE_CHECKING:
-    from tests.conftest import RunningServer
-
-REPOSITORY = Path(__file__).parent / "client_repository"
 MODEL = "echo"
 LIMIT = 8  # texts a request
 
@@ -27,7 +23,7 @@ LIMIT = 8  # texts a request
 @pytest.fixture(scope="module")
 def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
     # Triton waits for a request whose caller hung up (one test does) for as long as it may.
-    with triton(REPOSITORY, "--drain-seconds", "3") as running:
+    with triton(CLIENT_REPOSITORY, "--drain-seconds", "3") as running:
         yield running
 
 

@@ -6,8 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from millibert._metrics import (
 if TYPE_CHECKING:
     from tests.conftest import RunningServer
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 NOWHERE = ("--url", "grpc://127.0.0.1:1", "--model", "echo")
 TEXTS = [("hello you", "greeting"), ("hello again, you", "greeting"), ("sleep 0", "nap"), ("who", "greeting")]
 
@@ -268,12 +266,6 @@ def test_evaluate_compares_labels_or_sets_of_them(
 
 
 # Against a real Triton
-
-
-@pytest.fixture(scope="module")
-def server(triton: Callable[..., AbstractContextManager[RunningServer]]) -> Iterator[RunningServer]:
-    with triton(REPOSITORY) as running:
-        yield running
 
 
 @pytest.fixture(params=["grpc", "http"])

@@ -1,11 +1,9 @@
-"""The CPU engines on a small real graph, what a model of Triton makes of them, and the count of their work."""
+"""The CPU engines on a small real graph, and what a model of Triton makes of them."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +22,8 @@ from millibert_ensemble.models.bert.engines import ENGINES, EngineError, OpenVin
 from millibert_ensemble.models.bert.host import Host
 from millibert_ensemble.models.bert.inference import in_rows, infer, padded
 from millibert_ensemble.models.bert.rows import shapes
-from millibert_ensemble.models.bert.threads import fastest
 from millibert_ensemble.models.bert.warmup import warm_up_rows
-from millibert_ensemble.models.bert.work import KINDS, METRIC, Ledger, work_of
+from millibert_ensemble.models.bert.work import METRIC
 
 
 @pytest.fixture(scope="module")
@@ -155,58 +152,6 @@ def test_onnxruntime_refuses_bf16(tmp_path):
         ENGINES["onnxruntime"](tmp_path / "model.onnx", "bf16", 1)
 
 
-@pytest.mark.parametrize(
-    ("milliseconds", "expected"),
-    [
-        ({1: 10.0}, 1),
-        ({1: 10.0, 2: 5.0}, 2),
-        ({1: 10.0, 2: 11.0}, 2),  # slower, but not clearly
-        ({1: 10.0, 2: 12.0}, 1),
-        ({1: 10.0, 2: 6.0, 4: 5.5}, 2),  # faster, but not clearly
-        ({1: 10.0, 2: 9.0, 4: 7.6}, 4),
-        ({1: 10.0, 2: 6.0, 4: 12.0, 8: 3.0}, 8),
-        ({1: 10.0, 2: 12.0, 3: 5.0}, 3),
-        ({1: 10.0, 2: 12.0, 4: 12.0}, 1),
-    ],
-)
-def test_threads_are_as_many_as_are_clearly_faster_and_two_where_in_doubt(milliseconds, expected, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    started = []
-    kept: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    class Run:
-        """Holds the weights once more, so that only few may be kept."""
-
-        def __init__(self, threads: int) -> None:
-            self.seconds = milliseconds[threads] / 1000
-            started.append(threads)
-            kept.add(self)
-            assert len(kept) <= 2
-
-        def __call__(self) -> None:
-            clock[0] += self.seconds
-
-    assert fastest(max(milliseconds), Run) == expected
-    assert started == [*milliseconds]
-
-
-def test_a_machine_that_is_busy_most_of_the_time_does_not_mislead_the_choice(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-
-    def start(threads):
-        runs = itertools.count()
-
-        def run() -> None:
-            # With one thread all runs are undisturbed, with two only each twentieth.
-            clock[0] += 1.0 if threads == 1 else 0.6 if next(runs) % 20 == 19 else 3.0
-
-        return run
-
-    assert fastest(2, start) == 2
-
-
 # As Triton's models hold them.
 
 
@@ -302,60 +247,6 @@ def test_a_text_alone_may_have_all_cpus_unless_the_config_says_how_many(folders,
     Host(folders["rows"], config(kind, "rows", 2, **more), metrics.pb_utils())
     assert asked == [most]
     assert metrics.log[0].endswith("2 for an execution alone")
-
-
-# The count of the work.
-
-
-def work_in_rows(*lengths: int) -> dict[str, int]:
-    (part,) = in_rows([np.full((1, length), 7, np.int32) for length in lengths], 1)
-    return work_of(part.inputs)
-
-
-def test_work_of_rows():
-    # 29 tokens share a row of 32.
-    assert work_in_rows(9, 20) == {"text": 29, "computed": 32}
-    assert work_in_rows(9) == {"text": 9, "computed": 16}
-
-
-def test_work_of_padded_inputs():
-    ids = np.array([[2, 8, 8, 3], [2, 3, 0, 0], [2, 8, 3, 0]], np.int32)
-    ((_, inputs),) = padded([ids], 1)
-    assert work_of(inputs) == {"text": 9, "computed": 12}
-
-
-def test_a_ledger_tells_at_once_and_then_after_its_interval_and_loses_nothing():
-    told: list[tuple[str, int]] = []
-    ledger = Ledger(lambda kind, tokens: told.append((kind, tokens)), every_seconds=1.0)
-    (part,) = in_rows(requests_of(9, 20), 1)
-    inputs = part.inputs
-
-    def news() -> dict[str, int]:
-        new = dict(told)
-        assert len(new) == len(told)  # each kind is told once
-        told.clear()
-        return new
-
-    ledger.add([inputs], 100.0)
-    assert news() == {"text": 29, "computed": 32}
-    ledger.add([inputs, inputs], 100.3)
-    ledger.add([inputs], 100.9)
-    assert news() == {}
-    ledger.add([inputs], 101.0)
-    assert news() == {"text": 4 * 29, "computed": 4 * 32}
-    # The interval counts from when it told the last time.
-    ledger.add([inputs], 101.9)
-    assert news() == {}
-    ledger.add([], 500.0)
-    assert news() == {"text": 29, "computed": 32}
-    ledger.add([], 501.0)
-    assert news() == {}
-
-
-def test_a_ledger_tells_every_kind_that_has_a_metric_and_no_other():
-    told: list[str] = []
-    Ledger(lambda kind, _: told.append(kind)).add([in_rows(requests_of(3), 1)[0].inputs], 0.0)
-    assert sorted(told) == sorted(KINDS)
 
 
 class _Counting:

@@ -21,20 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import CLIENT_REPOSITORY, RunningServer
 from tests.misbehaving import Proxy
 
 from load.locust_run import LOCUSTFILE, LocustLoad, arguments, read_requests, run, send
 from load.locust_shapes import SHAPES, Schedule, levels_of
 from millibert._errors import MillibertError, UsageError
 
-if TYPE_CHECKING:
-    from tests.conftest import RunningServer
-
-REPOSITORY = Path(__file__).parent / "client_repository"
 MODEL = "echo"
 needs_locust = pytest.mark.skipif(find_spec("locust") is None, reason="Locust is not installed")
 
@@ -121,7 +118,7 @@ def server(
     triton: Callable[..., AbstractContextManager[RunningServer]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     repository = tmp_path_factory.mktemp("locust") / "repository"
-    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CLIENT_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(repository / MODEL, repository / "second")
     model = repository / "worker" / "1" / "model.py"
     model.write_text(model.read_text() + SECOND_TIME)

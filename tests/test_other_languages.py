@@ -28,7 +28,6 @@ from millibert._asking import ClientOptions
 from millibert._codec import error_class
 
 ROOT = Path(__file__).parents[1]
-REPOSITORY = Path(__file__).parent / "client_repository"
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/clients.md")}
 CLIENTS = PAGES["docs/clients.md"]
 MODELS = ("banking77", "customer_service")
@@ -61,12 +60,6 @@ def here(text: str, server: Any) -> str:
         text = text.replace(model, "echo")
     text = text.replace("127.0.0.1:8000", server.http_url.removeprefix("http://"))
     return text.replace("127.0.0.1:8001", server.grpc_url.removeprefix("grpc://"))
-
-
-@pytest.fixture(scope="module")
-def server(triton) -> Iterator[Any]:
-    with triton(REPOSITORY) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tests.conftest import CLIENT_REPOSITORY
 
 from load import perf_command
 from load.perf_analyzer import Expected, PerfLoad, behind, read_export, run, write_data
@@ -22,7 +23,6 @@ from millibert._errors import UsageError
 if TYPE_CHECKING:
     from tests.conftest import Release, RunningServer
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 TEXTS = ("hello you", "größe?", "sleep 0")
 LABELS = ("greeting", "nap", "other", "größe")
 EXPECTED = Expected(LABELS, TEXTS, (frozenset({"greeting"}), frozenset({"other"}), frozenset({"nap"})))
@@ -180,7 +180,7 @@ def test_stages_get_what_the_stages_before_them_say(release_server: RunningServe
 def test_a_service_without_stages_is_told(
     triton: Callable[..., AbstractContextManager[RunningServer]], tmp_path: Path
 ) -> None:
-    with triton(REPOSITORY) as server, pytest.raises(MillibertError, match="cannot make the inputs of bert"):
+    with triton(CLIENT_REPOSITORY) as server, pytest.raises(MillibertError, match="cannot make the inputs of bert"):
         write_data(tmp_path / "data.json", server.grpc_url, "bert", ["hello"])
 
 

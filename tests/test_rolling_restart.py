@@ -10,21 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.clients import FORMS, open_client, protocol
+from tests.conftest import CLIENT_REPOSITORY, RunningServer
 
 import millibert
 from millibert_ensemble.ports import ANY_PORTS, Ports, reserve
 
 if TYPE_CHECKING:
-    from tests.conftest import RunningServer
-
     Serve = Callable[..., AbstractContextManager[RunningServer]]
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 THREADS = 8
 _PATIENCE_SECONDS = 3
 LABELS = {"hello": "greeting", "sleep": "nap", "x": "other"}
@@ -41,7 +38,7 @@ class Replica:
 
     def start(self) -> None:
         options = [f"--{use}-port={port}" for use, port in self.ports._asdict().items()]
-        self._running = self._stack.enter_context(self._serve(REPOSITORY, *options))
+        self._running = self._stack.enter_context(self._serve(CLIENT_REPOSITORY, *options))
 
     def stop(self) -> None:
         """SIGTERM, and wait; again where kept-alive connections would hold Triton up for all of its exit timeout."""

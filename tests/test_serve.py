@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from millibert._errors import UsageError
-from millibert_ensemble import contract, installation, workspace
+from millibert_ensemble import contract, workspace
 from millibert_ensemble.server import TritonServer
 
 if TYPE_CHECKING:
@@ -365,45 +364,6 @@ def test_a_model_that_loads_but_does_not_answer_is_not_ready(triton: Triton, rep
     assert (done.returncode, done.stdout) == (1, "")
     assert "loaded but does not answer" in done.stderr.splitlines()[-1]
     assert "division by zero" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("answer", "advice"),
-    [
-        ({"numpy": "2.1.0"}, "pip install 'numpy<2'"),
-        ({"numpy": None}, "pip install 'numpy<2'"),
-        ({"libpython": None}, "apt-get install libpython"),
-        ({"python": "3.9"}, "virtual environment"),
-    ],
-)
-def test_a_python_that_cannot_run_models_is_refused(
-    triton: Triton,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answer: dict[str, str | None],
-    advice: str,
-) -> None:
-    """The interpreter beside `sys.executable` is asked; here it is one that gives the wrong answer."""
-    del triton
-    if shutil.which("tritonserver") or installation.SYSTEM_BINARY.exists():
-        pytest.skip("a system's tritonserver brings its own Python")
-    good = {"python": f"3.{sys.version_info.minor}", "numpy": "1.26.4", "libpython": "libpython3.so"}
-    interpreter = tmp_path / "python3"
-    interpreter.write_text(f"#!/bin/sh\necho '{json.dumps({**good, **answer})}'\n")
-    interpreter.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(interpreter))
-    with pytest.raises(UsageError) as refused:
-        installation.prepare(tmp_path)
-    assert advice in str(refused.value)
-
-
-def test_without_tritonserver_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(installation, "SYSTEM_BINARY", tmp_path / "tritonserver")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError) as refused:
-        installation.locate()
-    assert "pip install 'millibert[serve]'" in str(refused.value)
 
 
 def is_alive(process: psutil.Process) -> bool:

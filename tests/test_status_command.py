@@ -1,8 +1,7 @@
-"""`millibert status` on real Tritons: up, down, refusing, half ready, and no Triton at all."""
+"""`millibert status` on real Tritons: up, down, half ready, and no Triton at all."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -11,18 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.conftest import CLIENT_REPOSITORY
+from tests.statuses import SCHEMES, document, served, status, url_of
 
 import millibert
 from millibert import cli
 from millibert_ensemble.server import TritonServer
 
-REPOSITORY = Path(__file__).parent / "client_repository"
 BROKEN_MODEL = """
 class TritonPythonModel:
     def initialize(self, args):
@@ -31,31 +29,12 @@ class TritonPythonModel:
     def execute(self, requests):
         return []
 """
-KEY, VALUE = "staff", "let-me-in"
-SCHEMES = ("grpc", "http")
-
-
-@pytest.fixture(scope="module")
-def server(triton) -> Iterator[Any]:
-    with triton(REPOSITORY) as running:
-        yield running
-
-
-@contextmanager
-def served(repository: Path, *options: str) -> Iterator[TritonServer]:
-    """A Triton with options of its own, live but perhaps never ready."""
-    server = TritonServer(repository, options=options)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")
 def half_broken(tmp_path_factory) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("half") / "repository"
-    shutil.copytree(REPOSITORY, repository)
+    shutil.copytree(CLIENT_REPOSITORY, repository)
     shutil.copytree(repository / "worker", repository / "broken")
     (repository / "broken" / "1" / "model.py").write_text(BROKEN_MODEL)
     with served(repository, "--exit-on-error=false") as server:
@@ -77,31 +56,10 @@ def wait_for_states(url: str, states: dict[str, str], seconds: float = 60) -> No
         time.sleep(0.1)
 
 
-def restricted(*apis: str) -> list[str]:
-    names = ",".join(apis)
-    return [f"--http-restricted-api={names}:{KEY}={VALUE}", f"--grpc-restricted-protocol={names}:{KEY}={VALUE}"]
-
-
 def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def url_of(server: Any, scheme: str) -> str:
-    return str(getattr(server, f"{scheme}_url"))
-
-
-def status(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    code = cli.main(["status", *arguments])
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return code, captured.out
-
-
-def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    code, out = status(capsys, *arguments, "--json")
-    return code, json.loads(out)
 
 
 # One server, all ready
@@ -231,7 +189,7 @@ def test_an_address_of_a_name_shows_the_names_certificate(tmp_path, capsys):
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", files[0], "-out", files[1]]
     subprocess.run(command, check=True, capture_output=True)
     secure = ["--grpc-use-ssl=true", f"--grpc-server-cert={files[1]}", f"--grpc-server-key={files[0]}"]
-    with served(REPOSITORY, *secure) as server:
+    with served(CLIENT_REPOSITORY, *secure) as server:
         server.wait_ready()
         port = server.ports.grpc
         code, report = document(capsys, "--url", f"grpcs+dns://localhost:{port}", "--ca", files[1])
@@ -278,7 +236,7 @@ def test_a_model_that_failed_to_load(half_broken, scheme, capsys):
 
 @pytest.mark.e2e
 def test_a_model_that_nobody_loaded_counts_only_when_it_is_asked_for(capsys):
-    with served(REPOSITORY, "--model-control-mode=explicit", "--load-model=worker") as server:
+    with served(CLIENT_REPOSITORY, "--model-control-mode=explicit", "--load-model=worker") as server:
         wait_for_states(server.http_url, {"echo": "", "worker": "READY"})
         for scheme in SCHEMES:
             code, out = status(capsys, "--url", url_of(server, scheme))
@@ -286,88 +244,6 @@ def test_a_model_that_nobody_loaded_counts_only_when_it_is_asked_for(capsys):
             assert [line.split()[1:4] for line in out.splitlines()[2:]] == [["-", "NOT", "LOADED"], ["1", "READY", "0"]]
             assert status(capsys, "--url", url_of(server, scheme), "--model", "worker")[0] == 0
             assert status(capsys, "--url", url_of(server, scheme), "--model", "echo")[0] == 1
-
-
-# Servers that do not tell everything
-
-
-@pytest.mark.e2e
-def test_a_hidden_list_of_models(capsys, tmp_path):
-    with served(REPOSITORY, *restricted("model-repository")) as server:
-        server.wait_ready()
-        for scheme in SCHEMES:
-            url = url_of(server, scheme)
-            code, report = document(capsys, "--url", url)
-            assert code == 0
-            (found,) = report["servers"]
-            assert [(each["name"], each["state"], each["versions"]) for each in found["models"]] == [
-                ("echo", "READY", []),
-                ("worker", "READY", []),
-            ]
-            assert found["models"][0]["steps"] == ["worker"]
-            (note,) = found["notes"]
-            assert note.startswith("no list of models: ")
-            assert "restricted" in note
-            code, report = document(capsys, "--url", url, "--model", "nobody")
-            assert code == 1
-            assert report["servers"][0]["models"][0]["state"] == "NOT READY"
-            secret = tmp_path / "key"
-            secret.write_text(VALUE)
-            code, report = document(capsys, "--url", url, "--restricted-key", f"{KEY}={secret}")
-            assert code == 0
-            assert report["servers"][0]["notes"] == []
-            assert report["servers"][0]["models"][0]["versions"] == ["1"]
-
-
-@pytest.mark.e2e
-def test_hidden_statistics_and_list(capsys):
-    with served(REPOSITORY, *restricted("model-repository", "statistics")) as server:
-        server.wait_ready()
-        for scheme in SCHEMES:
-            code, out = status(capsys, "--url", url_of(server, scheme), "--model", "echo")
-            assert code == 0
-            assert out.splitlines()[2].split()[:9] == ["echo", "-", "READY", *"------"]
-            code, report = document(capsys, "--url", url_of(server, scheme))
-            assert code == 1
-            assert report["servers"][0]["ready"] is None
-            assert report["servers"][0]["live"] is True
-
-
-@pytest.mark.e2e
-def test_hidden_health(capsys):
-    with served(REPOSITORY, *restricted("health", "model-repository", "metadata", "model-config")) as server:
-        # Health over HTTP is hidden too, so that only an answer tells that it is up.
-        wait_for_answer(server.grpc_url)
-        for scheme in SCHEMES:
-            code, report = document(capsys, "--url", url_of(server, scheme))
-            assert code == 1
-            (found,) = report["servers"]
-            assert (found["live"], found["ready"], found["name"], found["version"]) == (True, None, None, None)
-            assert [each["state"] for each in found["models"]] == ["NOT TOLD", "NOT TOLD"]
-
-
-@pytest.mark.e2e
-def test_a_server_that_tells_nothing(capsys):
-    apis = ("health", "metadata", "model-config", "model-repository", "statistics")
-    with served(REPOSITORY, *restricted(*apis)) as server:
-        wait_for_answer(server.grpc_url)
-        for scheme in SCHEMES:
-            code, out = status(capsys, "--url", url_of(server, scheme))
-            assert code == 1
-            assert "  DOWN  it refuses every question: This " in out
-
-
-def wait_for_answer(url: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    with millibert.connect(url, "echo") as client:
-        while True:
-            try:
-                client.classify("hello")
-            except millibert.ServiceError:
-                assert time.monotonic() < end
-                time.sleep(0.1)
-            else:
-                return
 
 
 # No Triton
