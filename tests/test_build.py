@@ -88,7 +88,7 @@ def test_configs_follow_the_contract_and_the_scenario(release):
     assert set(configs) == {"support", *contract.COMPOSING_MODELS}
     assert configs["bert"].parameters["max_tokens"].string_value == "64"
     ragged = {tensor.name: tensor.allow_ragged_batch for tensor in configs["bert"].input}
-    assert ragged == {"input_ids": True, "deadline": False}
+    assert ragged == {"input_ids": True, "admission": False}
     steps = [step.model_name for step in configs["support"].ensemble_scheduling.step]
     assert steps == list(contract.COMPOSING_MODELS)
 
@@ -97,8 +97,8 @@ def test_configs_follow_the_contract_and_the_scenario(release):
     ("ensemble", "bert", "unused"),
     [
         ("config.pbtxt", "config.pbtxt", {"span"}),
-        ("configs/tensorrt.pbtxt", "configs/packed.pbtxt", {"deadline"}),
-        ("configs/tensorrt.pbtxt", "configs/padded.pbtxt", {"deadline"}),
+        ("configs/tensorrt.pbtxt", "configs/packed.pbtxt", {"admission"}),
+        ("configs/tensorrt.pbtxt", "configs/padded.pbtxt", {"admission"}),
     ],
 )
 def test_the_ensemble_connects_every_tensor(ensemble, bert, unused):

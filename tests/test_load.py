@@ -246,6 +246,7 @@ def test_overload_is_judged_by_what_was_asked_for():
     good = overload.judge(answers(usual, usual, over, (100, 0.06, "UNAVAILABLE"), usual, usual), 2, 2, 50)
     assert held(good) == [True, True, True, True]
     assert good["over"]["answered"] == 0.5
+    assert good["over"]["refused_p50_ms"] == pytest.approx(60)
     assert good["recovery_seconds"] == 0
     slow = overload.judge(answers(usual, usual, (100, 0.05, ANSWERED), (9, 0.9, "UNAVAILABLE"), usual, usual), 2, 2, 50)
     assert held(slow) == [False, True, False, True]

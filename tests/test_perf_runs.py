@@ -170,7 +170,9 @@ def test_stages_get_what_the_stages_before_them_say(release_server: RunningServe
     short, long = data("bert", 2)
     assert short["input_ids"]["content"] == ids[0] + [0] * (len(ids[1]) - len(ids[0]))
     assert long["input_ids"]["shape"] == [len(ids[1])]
-    assert short["deadline"]["content"][0] > 2**60
+    deadline, number = short["admission"]["content"]
+    assert deadline > 2**60
+    assert number == 0
     logits = [np.array(row["logits"]["content"]) for row in data("postprocess")]
     assert [len(each) for each in logits] == [10, 10]
     assert logits[0].argmax() != logits[1].argmax()

@@ -15,17 +15,15 @@ from millibert_ensemble.models.bert.threads import fastest
     ("milliseconds", "expected"),
     [
         ({1: 10.0}, 1),
-        ({1: 10.0, 2: 5.0}, 2),
-        ({1: 10.0, 2: 11.0}, 2),  # slower, but not clearly
-        ({1: 10.0, 2: 12.0}, 1),
-        ({1: 10.0, 2: 6.0, 4: 5.5}, 2),  # faster, but not clearly
-        ({1: 10.0, 2: 9.0, 4: 7.6}, 4),
-        ({1: 10.0, 2: 6.0, 4: 12.0, 8: 3.0}, 8),
-        ({1: 10.0, 2: 12.0, 3: 5.0}, 3),
-        ({1: 10.0, 2: 12.0, 4: 12.0}, 1),
+        ({2: 10.0}, 2),
+        ({2: 6.0, 4: 5.5}, 2),  # faster, but not clearly
+        ({2: 9.0, 4: 7.6}, 4),
+        ({2: 6.0, 4: 12.0, 8: 3.0}, 8),
+        ({2: 12.0, 3: 5.0}, 3),
+        ({2: 12.0, 4: 12.0}, 2),
     ],
 )
-def test_threads_are_as_many_as_are_clearly_faster_and_two_where_in_doubt(milliseconds, expected, monkeypatch):
+def test_threads_are_as_many_as_are_clearly_faster_than_two(milliseconds, expected, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     started = []
@@ -44,7 +42,8 @@ def test_threads_are_as_many_as_are_clearly_faster_and_two_where_in_doubt(millis
             clock[0] += self.seconds
 
     assert fastest(max(milliseconds), Run) == expected
-    assert started == [*milliseconds]
+    # With no choice there is no trial.
+    assert started == ([*milliseconds] if len(milliseconds) > 1 else [])
 
 
 def test_a_machine_that_is_busy_most_of_the_time_does_not_mislead_the_choice(monkeypatch):
@@ -55,9 +54,9 @@ def test_a_machine_that_is_busy_most_of_the_time_does_not_mislead_the_choice(mon
         runs = itertools.count()
 
         def run() -> None:
-            # With one thread all runs are undisturbed, with two only each twentieth.
-            clock[0] += 1.0 if threads == 1 else 0.6 if next(runs) % 20 == 19 else 3.0
+            # With two threads all runs are undisturbed, with four only each twentieth.
+            clock[0] += 1.0 if threads == 2 else 0.6 if next(runs) % 20 == 19 else 3.0
 
         return run
 
-    assert fastest(2, start) == 2
+    assert fastest(4, start) == 4

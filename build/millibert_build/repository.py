@@ -35,9 +35,9 @@ _INSIDE = {
     ENSEMBLE_TEMPLATE: (contract.REQUEST_TENSORS, contract.RESPONSE_TENSORS),
     contract.TOKENIZER: (
         contract.REQUEST_TENSORS,
-        (contract.INPUT_IDS, contract.SPAN, contract.DEADLINE, contract.TRUNCATED),
+        (contract.INPUT_IDS, contract.SPAN, contract.ADMISSION, contract.TRUNCATED),
     ),
-    contract.BERT: ((contract.INPUT_IDS, contract.DEADLINE), (contract.LOGITS,)),
+    contract.BERT: ((contract.INPUT_IDS, contract.ADMISSION), (contract.LOGITS,)),
     contract.POSTPROCESS: ((contract.LOGITS,), (contract.LABEL, contract.SCORE, contract.LABEL_ID, contract.ACCEPTED)),
 }
 # Written only where they are asked for.

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from load.command import run_command
 from load.generator import Answers, Load, Phase, measure, send
@@ -35,7 +36,8 @@ _CAPACITY_SECONDS = 5.0
 _USUAL, _OVER = 0.8, 2.0
 # What is asked for.
 _SLOWER, _RECOVERY_SECONDS = 4.0, 5.0
-# After the timeout a request is refused when the engine looks at the queue next: behind the batch under way.
+# Who was let in, and after the timeout is late, is refused when the engine looks at the queue next: behind the batch
+# under way.
 _REFUSAL_SLACK_MS = 150.0
 _BATCHES = 5
 
@@ -94,7 +96,7 @@ def judge(answers: Answers, usual_seconds: float, over_seconds: float, queue_tim
     over = answers.between(over_from, over_to)
     refused = np.isin(over.status, BUSY)
     p99_usual, p99_over = usual.percentile(99), over.percentile(99)
-    refused_ms = 1000 * float(np.percentile(over.latency[refused], 99)) if refused.any() else 0.0
+    refused_ms = _milliseconds(over.latency[refused], 99)
     before = _seconds(answers, 0.2 * usual_seconds, over_from)
     after = _seconds(answers, over_to, float(answers.due.max()))
     recovery = _recovery(after, before, p99_usual)
@@ -116,6 +118,7 @@ def judge(answers: Answers, usual_seconds: float, over_seconds: float, queue_tim
             "answered_per_second": float(over.answered.sum() / over_seconds),
             "p50_ms": over.percentile(50),
             "p99_ms": p99_over,
+            "refused_p50_ms": _milliseconds(over.latency[refused], 50),
             "refused_p99_ms": refused_ms,
             "failed_otherwise": other,
         },
@@ -123,6 +126,10 @@ def judge(answers: Answers, usual_seconds: float, over_seconds: float, queue_tim
         "after": [second._asdict() for second in after],
         "verdicts": [{"asked": asked, "held": bool(held)} for asked, held in verdicts.items()],
     }
+
+
+def _milliseconds(latency: npt.NDArray[np.float64], percent: float) -> float:
+    return 1000 * float(np.percentile(latency, percent)) if len(latency) else 0.0
 
 
 class Second(NamedTuple):
@@ -163,8 +170,8 @@ def table(found: dict[str, Any]) -> str:
         f"capacity {found['capacity']:,.0f} requests/s; each may wait {found['queue_timeout_ms']:g} ms for the engine",
         f"at {_USUAL:g} of it: {usual['answered']:.2%} answered, p99 {usual['p99_ms']:.1f} ms",
         f"at {_OVER:g} times: {over['answered']:.1%} answered ({over['answered_per_second']:,.0f}/s), p50 "
-        f"{over['p50_ms']:.1f} ms, p99 {over['p99_ms']:.1f} ms; the others refused, p99 "
-        f"{over['refused_p99_ms']:.1f} ms",
+        f"{over['p50_ms']:.1f} ms, p99 {over['p99_ms']:.1f} ms; the others refused, p50 "
+        f"{over['refused_p50_ms']:.1f} ms, p99 {over['refused_p99_ms']:.1f} ms",
         f"as before after {found['recovery_seconds']} s",
         *(f"{'PASS' if verdict['held'] else 'FAIL'}  {verdict['asked']}" for verdict in found["verdicts"]),
     ]

@@ -33,13 +33,13 @@ from load.texts import Right
 from millibert._address import Address, parse_address
 from millibert._errors import MillibertError, UsageError
 from millibert._perf_analyzer import PROGRAM, Refused, find
-from millibert_ensemble.contract import BERT, DEADLINE, INPUT_IDS, LABEL_ID, LOGITS, POSTPROCESS, TEXT, TOKENIZER
+from millibert_ensemble.contract import ADMISSION, BERT, INPUT_IDS, LABEL_ID, LOGITS, POSTPROCESS, TEXT, TOKENIZER
 
 STAGES = (TOKENIZER, BERT, POSTPROCESS)
 # Of a stage; each is asked for on its own.
 _MOST_TENSORS = 500
-# Microseconds of the server's monotonic clock that it does not reach: tensors are sent long after they were made.
-_NEVER = 2**62
+# Tensors are sent long after they were made: until a time that the server's clock does not reach, and without a number.
+_ANY_TIME = (2**62, 0)
 # What is steady is judged from the requests later; so by how much these may differ is the most that can be given.
 _WINDOWS, _STABILITY_PERCENT = 3, 100
 _THREADS = 16
@@ -241,7 +241,7 @@ class _Stages:
         given = self._ask(TOKENIZER, {TEXT.name: (np.array([[text.encode()]], np.object_), TEXT.datatype)}, BERT)
         if stage == BERT:
             return given
-        datatypes = {INPUT_IDS.name: INPUT_IDS.datatype, DEADLINE.name: DEADLINE.datatype}
+        datatypes = {INPUT_IDS.name: INPUT_IDS.datatype, ADMISSION.name: ADMISSION.datatype}
         asked = {name: (array, datatypes.get(name, INPUT_IDS.datatype)) for name, array in given.items()}
         return self._ask(BERT, asked, POSTPROCESS)
 
@@ -254,8 +254,8 @@ class _Stages:
             inputs.append(tensor)
         answer = self._client.infer(model, inputs)
         found = {name: answer.as_numpy(name) for name in self._inputs(following)}
-        if DEADLINE.name in found:
-            found[DEADLINE.name] = np.full_like(found[DEADLINE.name], _NEVER)
+        if ADMISSION.name in found:
+            found[ADMISSION.name] = np.full_like(found[ADMISSION.name], _ANY_TIME)
         return found
 
     def _inputs(self, model: str) -> list[str]:

@@ -3,9 +3,9 @@
 Configs, models, clients, manifests and tests are checked against this file. Shapes leave out the batch
 dimension B (texts of a request); -1 is a dimension that depends on the request.
 
-    TEXT ─► tokenizer ─► input_ids, deadline ─► bert ─► logits ─► postprocess ─► LABEL, SCORE,
-                │       (a plan: span)                                            LABEL_ID, ACCEPTED
-                └────────────────────────────────────────────────────────────► TRUNCATED
+    TEXT ─► tokenizer ─► input_ids, admission ─► bert ─► logits ─► postprocess ─► LABEL, SCORE,
+                │       (a plan: span)                                             LABEL_ID, ACCEPTED
+                └─────────────────────────────────────────────────────────────► TRUNCATED
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ RESPONSE_TENSORS = (LABEL, SCORE, LABEL_ID, ACCEPTED, TRUNCATED)
 # What flows between the models.
 INPUT_IDS = Tensor("input_ids", "INT32", (-1,))  # [B, L], rows padded with id 0 to the longest of the request
 SPAN = Tensor("span", "INT32", (-1,))  # [B, ceil(longest / B)] zeros: carries the longest length as a size
-# When the CPU engine need not begin any more: microseconds of the machine's monotonic clock, the same for all rows.
-DEADLINE = Tensor("deadline", "INT64", (1,))
+# When the CPU engine need not begin any more, in microseconds of the machine's monotonic clock; and how many texts the
+# tokenizer has let in, with these. The same for all rows.
+ADMISSION = Tensor("admission", "INT64", (2,))
 LOGITS = Tensor("logits", "FP32", (-1,))  # [B, labels]
 
 # The request parameter that sets K, from 1 to the number of labels.

@@ -28,6 +28,8 @@ DRAIN_SECONDS = 30
 # Compiling a large model for this machine takes minutes at worst.
 START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
+# Where the engine's instances tell the tokenizer how far they are: 40 bytes of each (models/bert/progress.py).
+_PROGRESS, _PROGRESS_BYTES = "MILLIBERT_PROGRESS", 16 * 40
 # Our only way to say "standard error, whatever Python has made of sys.stderr".
 _STDERR = 2
 
@@ -109,9 +111,11 @@ class TritonServer:
             self._workspace = workspace.Workspace()
             self._installation = installation.prepare(self._workspace.folder)
         assert self._installation is not None
+        progress = self._workspace.folder / "progress"
+        progress.write_bytes(bytes(_PROGRESS_BYTES))
         self._process = subprocess.Popen(
             self._command(),
-            env=self._installation.environment,
+            env={**self._installation.environment, _PROGRESS: str(progress)},
             stdin=subprocess.DEVNULL,
             stdout=_STDERR,
             # Ctrl-C in a terminal is for us alone: a second SIGINT makes Triton drop what it is answering.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from .host import Host
+from .progress import Progress
 from .texts import check, unpack
 
 # The same family in every model; monitoring adds them up.
@@ -17,7 +19,7 @@ _REFUSED = ("millibert_refused_requests_total", "Requests that a model answered 
 
 
 class TritonPythonModel:
-    """input_ids, deadline -> logits."""
+    """input_ids, admission -> logits."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load and warm up the engine; Triton reports ready only after it."""
@@ -25,6 +27,9 @@ class TritonPythonModel:
         self._max_tokens = int(config["parameters"]["max_tokens"]["string_value"])
         folder = Path(args["model_repository"]) / args["model_version"]
         self._host = Host(folder, config, pb_utils)
+        # The server names a file; the last part of an instance's name is its number.
+        told, instance = os.environ.get("MILLIBERT_PROGRESS"), int(args["model_instance_name"].rpartition("_")[2])
+        self._progress = Progress(Path(told) if told else None, instance, config["max_batch_size"])
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         labels = {"model": args["model_name"]}
         self._busy = self._family.Metric(labels={**labels, "reason": "busy"})
@@ -32,15 +37,15 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
+        begun = time.monotonic()
         responses: list[Any] = [None] * len(requests)
         good: dict[int, Any] = {}
-        late = 0
-        now = time.monotonic_ns() // 1000
+        late = last = 0
         for index, request in enumerate(requests):
-            deadline = pb_utils.get_input_tensor_by_name(request, "deadline")
-            if deadline is not None and now > deadline.as_numpy().max():
-                refusal = pb_utils.TritonError("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
-                responses[index] = pb_utils.InferenceResponse(error=refusal)
+            deadline, number = pb_utils.get_input_tensor_by_name(request, "admission").as_numpy()[0].tolist()
+            last = max(last, number)
+            if 1e6 * begun > deadline:
+                responses[index] = _error("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
                 late += 1
                 continue
             input_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy()
@@ -48,8 +53,7 @@ class TritonPythonModel:
                 check(input_ids, self._max_tokens)
                 good[index] = input_ids
             except ValueError as error:
-                refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-                responses[index] = pb_utils.InferenceResponse(error=refusal)
+                responses[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
                 self._invalid.increment(1)
         if late:
             self._busy.increment(late)
@@ -57,4 +61,9 @@ class TritonPythonModel:
             batch = list(good.values())
             for index, rows in zip(good, unpack(self._host.infer(batch), batch), strict=True):
                 responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("logits", rows)])
+        self._progress.executed(sum(map(len, good.values())), last, begun, time.monotonic())
         return responses
+
+
+def _error(message: str, code: Any) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

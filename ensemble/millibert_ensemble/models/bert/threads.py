@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Clearly faster.
 _WORTH_IT = 0.85
+# So many threads are taken without a trial.
+_UNTRIED = 2
 # How often each number of threads has its turn, and runs of a turn.
 _TURNS, _RUNS = 10, 10
 
@@ -57,20 +59,20 @@ def share_of(cpus: int, instances: int) -> int:
 
 
 def fastest(most: int, start: Callable[[int], Callable[[], object]]) -> int:
-    """How many threads to use, of 1, 2, 4, … `most`: more than two only where they are clearly faster than fewer.
+    """How many threads to use, of 2, 4, 8, … `most`: more than two only where they are clearly faster than fewer.
 
     `start` gives what runs with so many threads; no more than two of these are kept at a time. They take turns, and the
     best time of each counts: what else runs on the machine, most of all while a server starts, only ever makes it
-    longer. Two are given up only where one is clearly faster: a virtual machine may be without its second core for
-    seconds, and one thread would be the choice for as long as the server runs.
+    longer. One thread is not tried: a virtual machine may be without its second core for seconds, and one would be the
+    choice for as long as the server runs (docs/log.md).
     """
-    best, run = 1, start(1)
-    for count in sorted({*(1 << power for power in range(1, most.bit_length())), most} - {1}):
+    if most <= _UNTRIED:
+        return most
+    best, run = _UNTRIED, start(_UNTRIED)
+    for count in sorted({*(1 << power for power in range(2, most.bit_length())), most}):
         other = start(count)
         seconds, of_other = _in_turns(run, other)
-        clearly = of_other < _WORTH_IT * seconds
-        in_doubt = count == 2 and seconds >= _WORTH_IT * of_other
-        if clearly or in_doubt:
+        if of_other < _WORTH_IT * seconds:
             best, run = count, other
         del other  # before the next one is made
     return best
