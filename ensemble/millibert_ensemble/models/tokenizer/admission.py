@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # One instance of the engine's host, as it writes it: `until` when (seconds of the monotonic clock) the rest holds, the
-# number of the last text that is `finished`, `texts_per_second`, and `most_texts` of an execution; and the CRC-32 of these,
-# since they may be read while they are written.
+# number of the last text that is `finished`, `texts_per_second`, and `most_texts` of an execution. And the CRC-32 of
+# these, since they may be read while they are written.
 _RECORD = struct.Struct("=4dQ")
 _CHECKED = struct.calcsize("=4d")
 _IN_FRONT = 0.75
