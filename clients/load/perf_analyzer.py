@@ -206,7 +206,8 @@ def _alike(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for each in tensors:
         for name, array in each.items():
             longest[name] = max(longest.get(name, 0), array.shape[1])
-    if unknown := [name for name, size in longest.items() if size > 1 and name not in (INPUT_IDS.name, LOGITS.name)]:
+    known = (INPUT_IDS.name, ADMISSION.name, LOGITS.name)
+    if unknown := [name for name, size in longest.items() if size > 1 and name not in known]:
         raise UsageError(f"{', '.join(unknown)}: cannot be sent for several texts a request; give one")
     return [
         _as_json({name: np.pad(array, ((0, 0), (0, longest[name] - array.shape[1]))) for name, array in each.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ class TritonPythonModel:
         good: dict[int, Any] = {}
         late = last = 0
         for index, request in enumerate(requests):
-            deadline, number = pb_utils.get_input_tensor_by_name(request, "admission").as_numpy()[0].tolist()
+            deadline, number = _admission(request)
             last = max(last, number)
             if 1e6 * begun > deadline:
                 responses[index] = _error("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
@@ -63,6 +64,15 @@ class TritonPythonModel:
                 responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("logits", rows)])
         self._progress.executed(sum(map(len, good.values())), last, begun, time.monotonic())
         return responses
+
+
+def _admission(request: Any) -> tuple[float, int]:
+    """The deadline in microseconds, and the number of the last text; any time and 0 where nobody sent them."""
+    tensor = pb_utils.get_input_tensor_by_name(request, "admission")
+    if tensor is None:  # as with the config of a plan
+        return math.inf, 0
+    deadline, number = tensor.as_numpy()[0].tolist()
+    return deadline, number
 
 
 def _error(message: str, code: Any) -> Any:
