@@ -1,5 +1,7 @@
 """The fixtures `release`, a small real release, and `triton`: a real server, as users start it, on free ports.
 
+`server` is one that answers at once, for the clients and commands.
+
     def test_something(triton):
         with triton(repository) as server:
             server.grpc_url, server.http_url, server.metrics_url, server.models, server.log()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from millibert_ensemble.models.bert.progress import Progress
+from millibert_ensemble.models.bert.progress import RECORD_BYTES, Progress
 from millibert_ensemble.models.tokenizer.admission import Admission, Busy, Engine
 
 MOST = 128
@@ -19,7 +19,7 @@ MS = 1000  # microseconds
 def told(tmp_path: Path) -> Path:
     """The file, as the server makes it, with room for two instances."""
     path = tmp_path / "progress"
-    path.write_bytes(bytes(2 * 40))
+    path.write_bytes(bytes(2 * RECORD_BYTES))
     return path
 
 
@@ -148,11 +148,11 @@ def test_several_instances_do_more_and_the_last_of_their_numbers_counts(told: Pa
 def test_an_instance_without_room_tells_nobody(told: Path) -> None:
     Progress(told, 2, MOST).executed(100, last=100, begun=NOW - 0.1, ended=NOW)
     Progress(None, 0, MOST).executed(100, last=100, begun=NOW - 0.1, ended=NOW)
-    assert told.read_bytes() == bytes(80)
+    assert told.read_bytes() == bytes(2 * RECORD_BYTES)
     assert Admission(told).engine(NOW) is None
 
 
-@pytest.mark.parametrize("written", range(8, 40, 8))
+@pytest.mark.parametrize("written", range(8, RECORD_BYTES, 8))
 def test_what_is_read_while_it_is_written_says_nothing(told: Path, written: int) -> None:
     progress, admission = Progress(told, 0, MOST), Admission(told)
     before = told.read_bytes()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # As `admission.py` of the tokenizer reads it, and the CRC-32 of it.
 _RECORD, _CHECKSUM = struct.Struct("=4d"), struct.Struct("=Q")
-_SIZE = _RECORD.size + _CHECKSUM.size
+RECORD_BYTES = _RECORD.size + _CHECKSUM.size
 # An execution of fewer texts says little of what the engine can do.
 _TELLING = 32
 # What each execution weighs in the rate.
@@ -24,11 +24,11 @@ class Progress:
     """Writes record `instance` of the file at `path`; tells nobody where there is none, or no room in it."""
 
     def __init__(self, path: Path | None, instance: int, most_texts: int) -> None:
-        self._most, self._at = most_texts, _SIZE * instance
+        self._most, self._at = most_texts, RECORD_BYTES * instance
         self._finished, self._rate = 0, 0.0
         self._ended = self._until = float("-inf")
         self._records = None
-        if path is not None and self._at + _SIZE <= path.stat().st_size:
+        if path is not None and self._at + RECORD_BYTES <= path.stat().st_size:
             with path.open("r+b") as file:
                 self._records = mmap.mmap(file.fileno(), 0)
 
@@ -49,4 +49,4 @@ class Progress:
             self._until = ended + max(_HOLDS_SECONDS, _HOLDS_EXECUTIONS * seconds)
         if self._records is not None:
             record = _RECORD.pack(self._until, self._finished, self._rate, self._most)
-            self._records[self._at : self._at + _SIZE] = record + _CHECKSUM.pack(zlib.crc32(record))
+            self._records[self._at : self._at + RECORD_BYTES] = record + _CHECKSUM.pack(zlib.crc32(record))

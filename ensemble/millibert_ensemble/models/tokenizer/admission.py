@@ -18,6 +18,7 @@ from typing import NamedTuple
 # these, since they may be read while they are written.
 _RECORD = struct.Struct("=4dQ")
 _CHECKED = struct.calcsize("=4d")
+# Of what is there (`_wait`); with a half many are let in that are late after all (docs/log.md).
 _IN_FRONT = 0.75
 
 
@@ -50,7 +51,7 @@ class Admission:
         """How far the engine is at a monotonic time in seconds; None while it does not say, as it has little to do."""
         if self._records is None:
             return None
-        told = [engine for until, engine in _read(self._records[:]) if until > now]
+        told = list(_read(self._records[:], now))
         if not told:
             return None
         finished, rates, most = zip(*told, strict=True)
@@ -74,10 +75,9 @@ class Admission:
         return max(_IN_FRONT * texts, texts - engine.most_texts / 2) / engine.texts_per_second
 
 
-def _read(records: bytes) -> Iterator[tuple[float, Engine]]:
-    """What each instance says, and until when it holds; not of one that is just writing."""
+def _read(records: bytes, now: float) -> Iterator[Engine]:
+    """What each instance says, while it holds; not of one that is just writing."""
     for at in range(0, len(records), _RECORD.size):
-        *values, checksum = _RECORD.unpack_from(records, at)
-        if zlib.crc32(records[at : at + _CHECKED]) == checksum:
-            until, *rest = values
-            yield until, Engine(*rest)
+        until, *engine, checksum = _RECORD.unpack_from(records, at)
+        if until > now and zlib.crc32(records[at : at + _CHECKED]) == checksum:
+            yield Engine(*engine)

@@ -37,8 +37,8 @@ class TritonPythonModel:
         self._buckets = json.loads(parameters.get("buckets", {"string_value": "[]"})["string_value"])
         self._timeout_us = int(parameters["queue_timeout_us"]["string_value"])
         # The server names a file. Several instances know nothing of each other, and let all in.
-        told, alone = os.environ.get("MILLIBERT_PROGRESS"), config["instance_group"][0]["count"] == 1
-        self._admission = Admission(Path(told) if told and alone else None)
+        told, instances = os.environ.get("MILLIBERT_PROGRESS"), sum(it["count"] for it in config["instance_group"])
+        self._admission = Admission(Path(told) if told and instances == 1 else None)
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         labels = {"model": args["model_name"]}
         self._busy = self._family.Metric(labels={**labels, "reason": "busy"})
