@@ -189,6 +189,10 @@ batch_size = 16
 
 [gates]
 min_accuracy = {min_accuracy}
+
+[serving]
+# A machine that tests share may stand still for longer than the usual second, and then the server says "busy".
+queue_timeout_microseconds = 20000000
 """
 
 

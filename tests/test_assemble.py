@@ -16,7 +16,7 @@ from tests.test_preflight import A100, H200, HERE, PLAN, plan_of, without_fallba
 
 import millibert
 from millibert import UsageError, cli
-from millibert_ensemble import plan_store, preflight_command, serve_command
+from millibert_ensemble import engine_choice, plan_store, preflight_command
 from millibert_ensemble.assemble import assemble
 from millibert_ensemble.machine import Machine
 from millibert_ensemble.preflight import preflight
@@ -33,7 +33,7 @@ def store(tmp_path):
 def machine(monkeypatch):
     def put(here):
         monkeypatch.setattr(preflight_command, "this_machine", lambda: here)
-        monkeypatch.setattr(serve_command, "this_machine", lambda: here)
+        monkeypatch.setattr(engine_choice, "this_machine", lambda: here)
 
     put(HERE)
     return put
@@ -129,7 +129,7 @@ def test_a_repository_of_links_is_made(repository, store, tmp_path, capsys, mach
     assert (out / "bert" / "1" / "model.plan").resolve() == plan / "model.plan"
     verdict = preflight(out, HERE)
     assert (verdict.answer, verdict.engine, verdict.remarks) == ("usable", "tensorrt", ())
-    assert serve_command._engine_options(out, "auto") == ["--model-config-name=tensorrt"]
+    assert engine_choice.engine_options(out, "auto", [].append) == ["--model-config-name=tensorrt"]
 
 
 def test_links_lead_to_the_files_themselves(repository, store, tmp_path, machine, monkeypatch):
@@ -147,7 +147,7 @@ def test_the_cpu_engine_serves_where_the_release_lets_it(repository, store, tmp_
     assert (document["answer"], document["engine"]) == ("rebuild", "cpu")
     assert (document["exit_status"], document["repository"]) == (0, str(out))
     assert files(out) == sorted(set(files(repository)) - {"bert/1/model.plan", "bert/1/plan.json"})
-    assert serve_command._engine_options(out, "auto") == []
+    assert engine_choice.engine_options(out, "auto", [].append) == []
     machine(Machine(None, ()))
     assert command(repository, store, "--out", out) == 0
     assert capsys.readouterr().out.startswith("fall back: the CPU engine")

@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -259,55 +258,6 @@ def test_the_engine_itself_refuses_what_would_spoil_a_batch(server):
         tensors[1].set_data_from_numpy(np.array([[2**62, 0]], np.int64))
         with pytest.raises(InferenceServerException, match="200 tokens a text; this model reads at most 64"):
             raw.infer("bert", tensors)
-
-
-def ask(server, texts: Sequence[str] = ("where is my parcel",), **parameters: Any) -> tuple[int, dict[str, Any]]:
-    """Texts over HTTP in JSON, as curl would send them; status and answer."""
-    tensor = {"name": "TEXT", "shape": [len(texts), 1], "datatype": "BYTES", "data": [*texts]}
-    body = json.dumps({"parameters": parameters, "inputs": [tensor]}).encode()
-    try:
-        with urllib.request.urlopen(f"{server.http_url}/v2/models/{MODEL}/infer", body, timeout=10) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def labels(answer: dict[str, Any]) -> list[str]:
-    (found,) = [output["data"] for output in answer["outputs"] if output["name"] == "LABEL"]
-    return list(found)
-
-
-def test_a_request_that_is_too_late_for_the_engine_is_told_so(server):
-    # No text is tokenized within a thousandth of a millisecond.
-    status, answer = ask(server, queue_timeout_ms=0.001)
-    assert status == 503
-    assert "busy" in answer["error"]
-    assert ask(server, queue_timeout_ms=5000)[0] == 200
-    for wrong in (0, -5, True, "soon"):
-        status, answer = ask(server, queue_timeout_ms=wrong)
-        assert status == 400
-        assert "queue_timeout_ms must be a positive number" in answer["error"]
-
-
-def test_what_would_wait_for_too_long_is_not_even_tokenized(server, texts):
-    some = texts[:MAX_TEXTS]
-    expected = labels(ask(server, some)[1])
-
-    def refused_by(model: str) -> float:
-        page = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
-        (line,) = [it for it in page.splitlines() if "millibert_refused" in it and model in it and '"busy"' in it]
-        return float(line.rpartition(" ")[2])
-
-    before = refused_by("tokenizer")
-    with ThreadPoolExecutor(16) as pool:
-        # Of 256 texts under way no CPU does as many as this within 10 ms.
-        found = list(pool.map(lambda _: ask(server, some, queue_timeout_ms=10), range(400)))
-    assert {status for status, _ in found} == {200, 503}
-    assert all(labels(answer) == expected for status, answer in found if status == 200)
-    assert all(" busy: " in answer["error"] for status, answer in found if status == 503)
-    assert refused_by("tokenizer") > before
-    # It is over at once.
-    assert labels(ask(server, some, queue_timeout_ms=1000)[1]) == expected
 
 
 def test_a_lone_request_never_waits_for_another_one(server):

@@ -190,10 +190,15 @@ def postprocess(monkeypatch, tmp_path):
     def _postprocess(problem, thresholds, *logits, top_k, parameters=()):
         folder = write_labels(tmp_path / "1", [f"label {i}" for i in range(len(thresholds))], thresholds)
         values = {"problem": problem, "temperature": "2.0", "top_k": str(top_k)}
-        config = {"parameters": {name: {"string_value": value} for name, value in values.items()}}
+        config = {
+            "input": [{"name": "logits"}],
+            "max_batch_size": 64,
+            "parameters": {name: {"string_value": value} for name, value in values.items()},
+        }
         model = module.TritonPythonModel()
-        repository = {"model_name": "postprocess", "model_repository": str(tmp_path), "model_version": folder.name}
-        model.initialize({"model_config": json.dumps(config), **repository})
+        names = {"model_name": "postprocess", "model_instance_name": "postprocess_0_0"}
+        repository = {"model_repository": str(tmp_path), "model_version": folder.name}
+        model.initialize({"model_config": json.dumps(config), **names, **repository})
         requests = [
             SimpleNamespace(logits=np.array(rows, np.float32), parameters=lambda given=given: given)
             for rows, given in zip(logits, parameters or [""] * len(logits), strict=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
 from tests.conftest import CUSTOMER_SERVICE, rewrite
+from tests.plan_on_cpu import NAMED, put_in_the_plans_place
 from tritonclient.grpc import model_config_pb2
 
 import millibert
@@ -20,8 +19,6 @@ from millibert_build.tensorrt.profiles import accepts, profiles_of
 from millibert_build.tensorrt.target import Target, load_target
 from millibert_ensemble.repository_check import parse_config
 from millibert_ensemble.server import TritonServer
-
-NAMED = "--model-config-name=tensorrt"
 
 
 def native(layout, **changes):
@@ -141,8 +138,7 @@ def test_triton_accepts_it_up_to_the_missing_backend(repository, capfd):
 def test_all_but_the_backend_works_on_a_real_triton(repository, release):
     """The native config with the CPU engine in the plan's place: tokenizer, ragged merging, warm-up, postprocessor."""
     target = load_target(repository)
-    config = repository / "bert" / "configs" / "tensorrt.pbtxt"
-    rewrite(config, text_format.MessageToString(_on_the_cpu(parse_config(config), repository)))
+    put_in_the_plans_place(repository)
     texts = [row.split(",")[0] for row in (CUSTOMER_SERVICE / "test.csv").read_text().splitlines()[1:41]]
     with TritonServer(repository, options=[NAMED]) as server, millibert.connect(server.grpc_url, "support") as client:
         together = [answer for n in range(0, 40, 16) for answer in client.classify(texts[n : n + 16])]
@@ -153,19 +149,6 @@ def test_all_but_the_backend_works_on_a_real_triton(repository, release):
         assert [answer.label for answer in answers] == [answer.label for answer in usual]
         np.testing.assert_allclose([a.score for a in answers], [a.score for a in usual], atol=1e-3)
     assert target.layout in ("packed", "padded")
-
-
-def _on_the_cpu(config, repository: Path):
-    """What stays of the native config: inputs, output, batching and warm-up."""
-    usual = parse_config(repository / "bert" / "config.pbtxt")
-    config.backend, config.default_model_filename = "python", ""
-    config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
-    del config.instance_group[0].profile[:]
-    config.ClearField("optimization")
-    config.ClearField("batch_input")
-    for key, value in usual.parameters.items():
-        config.parameters[key].string_value = value.string_value
-    return config
 
 
 def test_hard_links_are_not_written_through(repository, tensorrt_release):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 from tests.conftest import rewrite
 
+from load import released
 from millibert import UsageError, cli
-from millibert_ensemble import preflight_command, serve_command
+from millibert_ensemble import engine_choice, preflight_command
+from millibert_ensemble.engine_choice import engine_options
 from millibert_ensemble.machine import Gpu, Machine
 from millibert_ensemble.plan_manifest import PlanManifest, load_plan_manifest
 from millibert_ensemble.preflight import STATUS, preflight
@@ -199,10 +202,10 @@ def test_where_it_may_not_no_engine_runs(repository, monkeypatch, capsys, here, 
     monkeypatch.setattr(preflight_command, "this_machine", lambda: here)
     assert cli.main(["preflight", "--repository", str(repository)]) == STATUS[answer]
     assert capsys.readouterr().out.startswith(f"{answer}: no engine")
-    monkeypatch.setattr(serve_command, "this_machine", lambda: here)
+    monkeypatch.setattr(engine_choice, "this_machine", lambda: here)
     with pytest.raises(UsageError, match=rf"{answer}: .*serving\.cpu_fallback = false"):
-        serve_command._engine_options(repository, "auto")
-    assert serve_command._engine_options(repository, "cpu") == []  # asked for by name
+        engine_options(repository, "auto", print)
+    assert engine_options(repository, "cpu", print) == []  # asked for by name
 
 
 def test_where_it_may_not_a_plan_that_fits_is_served(planned):
@@ -338,16 +341,34 @@ def test_it_runs_without_any_extra(planned):
 
 
 def test_serve_takes_the_engine_that_fits(planned, monkeypatch):
-    monkeypatch.setattr(serve_command, "this_machine", lambda: HERE)
-    options = serve_command._engine_options
+    monkeypatch.setattr(engine_choice, "this_machine", lambda: HERE)
+    said: list[str] = []
+
+    def options(repository, wanted):
+        return engine_options(repository, wanted, said.append)
+
     assert options(planned, "auto") == options(planned, "tensorrt") == ["--model-config-name=tensorrt"]
+    assert said[0].startswith("usable: the TensorRT plan")
     assert options(planned, "cpu") == []
-    monkeypatch.setattr(serve_command, "this_machine", lambda: Machine("10.9.0", (H100,)))
+    monkeypatch.setattr(engine_choice, "this_machine", lambda: Machine("10.9.0", (H100,)))
     assert options(planned, "auto") == []
 
 
+def test_benchmarks_measure_the_engine_that_serve_takes(planned, monkeypatch, capsys):
+    monkeypatch.setattr(engine_choice, "this_machine", lambda: HERE)
+    parser = argparse.ArgumentParser()
+    released.add_release(parser)
+    engine_choice.add_engine(parser)
+    given = ["--repository", str(planned), "--data", "unused"]
+    server = released.serve(parser.parse_args(given))
+    assert (released.served_by(server), server.options) == ("tensorrt", ["--model-config-name=tensorrt"])
+    assert capsys.readouterr().err.startswith("usable: the TensorRT plan")
+    server = released.serve(parser.parse_args([*given, "--engine", "cpu"]))
+    assert (released.served_by(server), server.options) == ("cpu", [])
+
+
 def test_serve_says_why_it_cannot_take_the_plan(planned, monkeypatch, capsys):
-    monkeypatch.setattr(serve_command, "this_machine", lambda: Machine(None, ()))
+    monkeypatch.setattr(engine_choice, "this_machine", lambda: Machine(None, ()))
     command = ["serve", "--repository", str(planned), "--engine", "tensorrt", "--grpc-port=0", "--http-port=0"]
     assert cli.main(command) == 1
     assert "fall back: no NVIDIA GPU here" in capsys.readouterr().err

@@ -20,6 +20,9 @@ from millibert_build.repository import FUSED, MODELS, check_config, hash_files, 
 from millibert_ensemble import contract
 from millibert_ensemble.repository_check import CONFIG, FUSED_WIRING, WIRING, check_repository, parse_config
 
+# Triton's side of each model, and what tells the one in front how far the engine is: nobody is in front here.
+_LEFT_OUT = ("model.py", "admission.py", "progress.py")
+
 
 def fuse(repository: Path, out: Path, instances: int | None = None) -> dict[str, Any]:
     """Publish the fused form of `repository` at `out` in one step; returns its manifest.
@@ -42,7 +45,7 @@ def fuse(repository: Path, out: Path, instances: int | None = None) -> dict[str,
         version.mkdir(parents=True)
         for model in contract.COMPOSING_MODELS:
             for path in sorted((repository / model / contract.VERSION).iterdir()):
-                if path.is_file() and path.name != "model.py" and ".plan" not in path.suffixes:
+                if path.is_file() and path.name not in _LEFT_OUT and ".plan" not in path.suffixes:
                     shutil.copyfile(path, version / path.name)
         for path in sorted((MODELS / FUSED).glob("*.py")):
             shutil.copyfile(path, version / path.name)

@@ -17,7 +17,11 @@ from millibert._errors import UsageError
 from millibert_build.calibrate import Calibration
 from millibert_build.scenario import Scenario
 from millibert_build.tensorrt.graph import TensorrtGraph
-from millibert_build.tensorrt.native_config import fill_native_config, fill_tokenizer_config
+from millibert_build.tensorrt.native_config import (
+    fill_native_config,
+    fill_postprocess_config,
+    fill_tokenizer_config,
+)
 from millibert_ensemble import contract
 from millibert_ensemble.hashing import file_sha256
 from millibert_ensemble.plan_manifest import TENSORRT_ONNX
@@ -41,10 +45,11 @@ _INSIDE = {
     contract.POSTPROCESS: ((contract.LOGITS,), (contract.LABEL, contract.SCORE, contract.LABEL_ID, contract.ACCEPTED)),
 }
 # Written only where they are asked for.
-_PLAN = "plan"
+_PLAN, _BEHIND_PLAN = "plan", "postprocess behind a plan"
 _OTHERS = {
     FUSED: (contract.REQUEST_TENSORS, contract.RESPONSE_TENSORS),
     _PLAN: ((contract.INPUT_IDS, contract.SPAN), (contract.LOGITS,)),
+    _BEHIND_PLAN: ((contract.LOGITS, contract.ADMISSION), _INSIDE[contract.POSTPROCESS][1]),
 }
 
 
@@ -140,6 +145,9 @@ def _write_native(folder: Path, scenario: Scenario, graph: TensorrtGraph) -> Non
     service.parameters.MergeFrom(parse_config(folder / scenario.name / CONFIG).parameters)
     _finish(service, ENSEMBLE_TEMPLATE, scenario)
     _write_config(folder / scenario.name / "configs" / f"{CONFIG_NAME}.pbtxt", service)
+    postprocess = fill_postprocess_config(parse_config(folder / contract.POSTPROCESS / CONFIG))
+    _finish(postprocess, _BEHIND_PLAN, scenario)
+    _write_config(folder / contract.POSTPROCESS / "configs" / f"{CONFIG_NAME}.pbtxt", postprocess)
     if target.layout == "padded":
         tokenizer = fill_tokenizer_config(parse_config(folder / contract.TOKENIZER / CONFIG), target)
         _finish(tokenizer, contract.TOKENIZER, scenario)

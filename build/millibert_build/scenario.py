@@ -158,8 +158,8 @@ class Serving(_Strict):
     max_queue_delay_microseconds: Annotated[int, Field(ge=0)] = 0
     """How long a request may wait for others to share its execution; 0: only while the model is busy anyway."""
     queue_timeout_microseconds: Annotated[int, Field(ge=1)] = 1_000_000
-    """A request that would wait, or has waited, for longer than this for the CPU engine is answered "busy". A request
-    may ask for less, by its parameter `queue_timeout_ms`."""
+    """A request that would wait, or before the CPU engine has waited, for longer than this is answered "busy". A
+    request may ask for less, by its parameter `queue_timeout_ms`."""
     cache_texts: Annotated[int, Field(ge=0)] = 0
     """Keep the engine's answers to so many texts, those used last; for traffic that repeats itself. 0: none."""
     cpu_fallback: bool = True

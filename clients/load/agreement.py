@@ -34,7 +34,7 @@ from load.command import run_command
 from load.locust_run import LocustLoad
 from load.machine import describe_machine
 from load.perf_analyzer import Expected, PerfLoad
-from load.released import add_release
+from load.released import add_release, serve
 from load.results import LOAD, Run
 from load.runs import Target, run_closed
 from load.texts import ask_reference
@@ -44,8 +44,7 @@ from millibert._client import Client
 from millibert._errors import MillibertError, UsageError
 from millibert._labelled_texts import read_labelled_texts
 from millibert._perf_analyzer import PROGRAM, find
-from millibert_ensemble.ports import ANY_PORTS
-from millibert_ensemble.server import TritonServer
+from millibert_ensemble.engine_choice import add_engine
 
 OURS, LOCUST = "millibert", "locust"
 PROTOCOLS = ("grpc", "http")
@@ -54,6 +53,7 @@ PROTOCOLS = ("grpc", "http")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
+    add_engine(parser)
     parser.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=PROTOCOLS, help="default: both")
     parser.add_argument(
         "--concurrency", type=positive_int, nargs="+", default=(1, 16, 64), metavar="N", help="default: 1 16 64"
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     texts = list(dict.fromkeys(row.text for row in rows))
     cases: list[dict[str, Any]] = []
     with (
-        TritonServer(args.repository, ports=ANY_PORTS) as server,
+        serve(args) as server,
         tempfile.TemporaryDirectory(prefix="millibert-agreement-") as folder,
         tqdm(total=_count(args), desc="runs", disable=None, leave=False) as bar,
     ):

@@ -35,14 +35,13 @@ from tqdm import tqdm
 import millibert
 from load.command import run_command
 from load.machine import describe_machine
-from load.released import add_release
+from load.released import add_release, serve, served_by
 from millibert import MillibertError
 from millibert import _perf_analyzer as perf_analyzer
 from millibert._arguments import positive_int
 from millibert._labelled_texts import read_labelled_texts
 from millibert_ensemble.contract import RESPONSE_TENSORS, TEXT
-from millibert_ensemble.ports import ANY_PORTS
-from millibert_ensemble.server import TritonServer
+from millibert_ensemble.engine_choice import add_engine
 
 Call = Callable[[str], object]
 FORMS = ("grpc", "http", "grpc-aio", "http-aio")
@@ -52,6 +51,7 @@ _WARM_UP = 50
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
+    add_engine(parser)
     parser.add_argument("--calls", type=int, default=1500, metavar="N", help="of each kind (default: %(default)s)")
     parser.add_argument(
         "--texts", type=int, default=20_000, metavar="N", help="for classify_many (default: %(default)s)"
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Serve the release and measure both parts."""
     texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
     found: dict[str, Any] = {**describe_machine(), "overhead": {}, "many": {}}
-    with TritonServer(args.repository, ports=ANY_PORTS) as server:
+    with serve(args) as server:
+        found["engine"] = served_by(server)
         urls = {"grpc": server.grpc_url, "http": server.http_url}
         for form in FORMS if args.calls else ():
             found["overhead"][form] = overhead(

@@ -27,13 +27,12 @@ from tqdm import tqdm
 import millibert
 from load.command import run_command
 from load.machine import describe_machine
-from load.released import add_release
+from load.released import add_release, serve
 from millibert._arguments import positive_float, positive_int
 from millibert._client import Client
 from millibert._labelled_texts import read_labelled_texts
 from millibert._types import Failure
-from millibert_ensemble.ports import ANY_PORTS
-from millibert_ensemble.server import TritonServer
+from millibert_ensemble.engine_choice import add_engine
 
 Scores = npt.NDArray[np.float64]
 
@@ -41,6 +40,7 @@ Scores = npt.NDArray[np.float64]
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
+    add_engine(parser)
     parser.add_argument("--starts", type=positive_int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--seconds", type=positive_float, default=10.0, metavar="S", help="of each (default: 10)")
     parser.add_argument("--texts", type=positive_int, default=400, metavar="N", help="at most (default: %(default)s)")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _start(args: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
     with (
-        TritonServer(args.repository, ports=ANY_PORTS) as server,
+        serve(args) as server,
         millibert.connect(server.grpc_url, server.services[0]) as client,
     ):
         end = time.monotonic() + args.seconds

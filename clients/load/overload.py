@@ -25,11 +25,11 @@ import numpy.typing as npt
 from load.command import run_command
 from load.generator import Answers, Load, Phase, measure, send
 from load.machine import describe_machine
-from load.released import add_release, memory_mib
+from load.released import add_release, memory_mib, serve, served_by
 from load.transports import BUSY, triton_requests
 from millibert._arguments import positive_float
 from millibert._labelled_texts import read_labelled_texts
-from millibert_ensemble.server import TritonServer
+from millibert_ensemble.engine_choice import add_engine
 
 _CONCURRENCY = 64
 _CAPACITY_SECONDS = 5.0
@@ -45,6 +45,7 @@ _BATCHES = 5
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
+    add_engine(parser)
     parser.add_argument(
         "--queue-timeout-ms", type=positive_float, default=50.0, metavar="N", help="default: %(default)g"
     )
@@ -64,7 +65,7 @@ def _held(found: dict[str, Any]) -> bool:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Capacity, then the three phases in one run."""
     texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
-    with TritonServer(args.repository) as server:
+    with serve(args) as server:
         url, model = server.grpc_url, server.services[0]
         closed = Load(triton_requests(url, model, texts), seconds=_CAPACITY_SECONDS, concurrency=_CONCURRENCY)
         capacity = statistics.median(measure(closed, 1).texts_per_second for _ in range(4))
@@ -76,10 +77,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         requests = triton_requests(url, model, texts, queue_timeout_ms=args.queue_timeout_ms)
         before = memory_mib(server)
         answers = send(Load(requests, phases=phases))
-        after = memory_mib(server)
+        after, engine = memory_mib(server), served_by(server)
     figures = judge(answers, args.usual_seconds, args.seconds, args.queue_timeout_ms)
     return {
         "model": model,
+        "engine": engine,
         **describe_machine(),
         "load": "own client, gRPC, single texts",
         "queue_timeout_ms": args.queue_timeout_ms,

@@ -39,7 +39,7 @@ STAGES = (TOKENIZER, BERT, POSTPROCESS)
 # Of a stage; each is asked for on its own.
 _MOST_TENSORS = 500
 # Tensors are sent long after they were made: until a time that the server's clock does not reach, and without a number.
-_ANY_TIME = (2**62, 0)
+_ANY_TIME = np.array([[2**62, 0]])
 # What is steady is judged from the requests later; so by how much these may differ is the most that can be given.
 _WINDOWS, _STABILITY_PERCENT = 3, 100
 _THREADS = 16
@@ -254,10 +254,9 @@ class _Stages:
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
         answer = self._client.infer(model, inputs)
-        found = {name: answer.as_numpy(name) for name in self._inputs(following)}
-        if ADMISSION.name in found:
-            found[ADMISSION.name] = np.full_like(found[ADMISSION.name], _ANY_TIME)
-        return found
+        return {
+            name: _ANY_TIME if name == ADMISSION.name else answer.as_numpy(name) for name in self._inputs(following)
+        }
 
     def _inputs(self, model: str) -> list[str]:
         metadata = self._client.get_model_metadata(model)

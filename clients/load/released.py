@@ -1,14 +1,16 @@
-"""What all benchmarks under load start from: a release, labelled texts, and how a server's memory is looked at."""
+"""What all benchmarks under load start from: a release and its server, labelled texts, and a look at its memory."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import psutil
 
 from millibert._errors import UsageError
 from millibert_ensemble import processes
+from millibert_ensemble.engine_choice import engine_options
 from millibert_ensemble.server import TritonServer
 
 
@@ -18,6 +20,17 @@ def add_release(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="labelled texts")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="default: %(default)s")
+
+
+def serve(args: argparse.Namespace) -> TritonServer:
+    """A server on the release, by the engine that `millibert serve` would choose; with `--engine` of `add_engine`."""
+    options = engine_options(args.repository, args.engine, lambda line: print(line, file=sys.stderr))
+    return TritonServer(args.repository, options=options)
+
+
+def served_by(server: TritonServer) -> str:
+    """`tensorrt` or `cpu`."""
+    return "tensorrt" if server.options else "cpu"
 
 
 def memory_mib(server: TritonServer) -> dict[str, float]:

@@ -41,7 +41,7 @@ import psutil
 from load.command import run_command
 from load.generator import Answers, Load, Phase, measure, send
 from load.machine import describe_machine
-from load.released import add_release
+from load.released import add_release, serve, served_by
 from load.scaling.curve import Curve, Figures, Point
 from load.transports import ANSWERED, BUSY, triton_requests
 from millibert._arguments import positive_float, positive_int
@@ -49,6 +49,7 @@ from millibert._errors import MillibertError, UsageError
 from millibert._labelled_texts import read_labelled_texts
 from millibert_ensemble import contract
 from millibert_ensemble.cpu_time import cpu_seconds
+from millibert_ensemble.engine_choice import add_engine
 from millibert_ensemble.server import TritonServer
 
 _CONCURRENCY = 64
@@ -64,6 +65,7 @@ _SAMPLE = re.compile(r'^(\w+)\{model="([^"]+)",version="\d+"\} (\S+)$', re.MULTI
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
+    add_engine(parser)
     parser.add_argument("--rates", type=positive_float, nargs="+", metavar="N", help="requests/s, instead of shares")
     parser.add_argument("--seconds", type=positive_float, default=6.0, metavar="N", help="of each run")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="runs of each rate")
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with running_on(for_server):
         machine = describe_machine()
         start = time.monotonic()
-        with TritonServer(args.repository) as server:
+        with serve(args) as server:
             start_seconds = time.monotonic() - start
             with running_on(for_load):
                 bench = _Bench(server, texts, args.queue_timeout_ms, args.seconds, args.others_at_most)
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         model=server.services[0],
         release=release["created"],
-        precision=release["engine"]["precision"],
+        precision=release["tensorrt" if served_by(server) == "tensorrt" else "engine"]["precision"],
         **machine,
         load=f"own client, open loop, Poisson, gRPC, single texts, on {shared}",
         seconds=args.seconds,

@@ -22,11 +22,11 @@ import millibert
 from load.command import run_command
 from load.generator import Load, measure
 from load.machine import describe_machine
-from load.released import add_release, memory_mib
+from load.released import add_release, memory_mib, serve, served_by
 from load.transports import triton_requests
 from millibert._arguments import positive_float, positive_int
 from millibert._labelled_texts import read_labelled_texts
-from millibert_ensemble.server import TritonServer
+from millibert_ensemble.engine_choice import add_engine
 
 _CONCURRENCY = 64
 _LOOKS_SECONDS = 10.0
@@ -36,6 +36,7 @@ _WARM = 0.1
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_release(parser)
+    add_engine(parser)
     parser.add_argument("--requests", type=positive_int, default=200_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--growth", type=positive_float, default=0.05, metavar="SHARE", help="default: %(default)s")
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     texts = [row.text for row in read_labelled_texts(args.data, args.text_column, args.label_column)]
     looks: list[dict[str, Any]] = []
     with (
-        TritonServer(args.repository) as server,
+        serve(args) as server,
         millibert.connect(server.grpc_url, server.services[0]) as client,
         tqdm(total=args.requests, disable=None, leave=False) as bar,
     ):
@@ -62,7 +63,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             before, done = done, client.statistics()[model].requests
             looks.append({"requests": done, "memory_mib": memory_mib(server)})
             bar.update(done - before)
-    return {"model": model, **describe_machine(), "looks": looks, **judge(looks, args.growth)}
+    return {
+        "model": model,
+        "engine": served_by(server),
+        **describe_machine(),
+        "looks": looks,
+        **judge(looks, args.growth),
+    }
 
 
 def judge(looks: list[dict[str, Any]], growth: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Configs, models, clients, manifests and tests are checked against this file. Sha
 dimension B (texts of a request); -1 is a dimension that depends on the request.
 
     TEXT ─► tokenizer ─► input_ids, admission ─► bert ─► logits ─► postprocess ─► LABEL, SCORE,
-                │       (a plan: span)                                             LABEL_ID, ACCEPTED
+                │  (a plan: span; admission goes past it to postprocess)           LABEL_ID, ACCEPTED
                 └─────────────────────────────────────────────────────────────► TRUNCATED
 """
 

@@ -24,17 +24,11 @@ import os
 import sys
 from pathlib import Path
 
-from millibert._errors import UsageError
-from millibert_ensemble import contract
-from millibert_ensemble.assemble import lost_link
 from millibert_ensemble.canary import Canary, through
+from millibert_ensemble.engine_choice import add_engine, engine_options
 from millibert_ensemble.health import Health
 from millibert_ensemble.health_server import HealthServer
-from millibert_ensemble.machine import this_machine
 from millibert_ensemble.ports import LOCALHOST, Ports
-from millibert_ensemble.preflight import preflight
-from millibert_ensemble.preflight_command import describe
-from millibert_ensemble.repository_check import CONFIG_NAME
 from millibert_ensemble.server import DRAIN_SECONDS, TritonServer, has_gpu
 from millibert_ensemble.supervisor import Supervisor
 
@@ -64,12 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="default: %(default)s; 0: any free one",
         )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "cpu", "tensorrt"),
-        default="auto",
-        help="auto: the TensorRT plan where the release has one that fits this machine, else the CPU engine",
-    )
+    add_engine(parser)
     parser.add_argument(
         "--health-port",
         type=_port,
@@ -96,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if strays := [option for option in args.triton_options if not option.startswith("--")]:
         args.wrong_usage(f"options of tritonserver are written --NAME=VALUE, not {' '.join(strays)}")
     ports = Ports(args.http_port, args.grpc_port, args.metrics_port)
-    options = [*_engine_options(args.repository, args.engine), *args.triton_options]
+    options = [*engine_options(args.repository, args.engine, _report), *args.triton_options]
     with contextlib.ExitStack() as stack:
         health = Health()
         # Before the server's own ports are chosen, and up while it starts.
@@ -120,23 +109,6 @@ def run(args: argparse.Namespace) -> int:
             _report("no NVIDIA GPU here: what Triton logs about CUDA means just that")
         announce = functools.partial(_announce_json if args.json else _announce, server, health_url)
         return Supervisor(server, health=health, announce=announce, report=_report).run()
-
-
-def _engine_options(repository: Path, wanted: str) -> list[str]:
-    """What tritonserver must be told to serve the wanted engine; raises `UsageError` where it cannot."""
-    if repository.is_dir() and (lost := lost_link(repository)):
-        raise UsageError(f"{repository}: {lost}")
-    has_graph = (repository / contract.BERT / "configs" / f"{CONFIG_NAME}.pbtxt").is_file()
-    if wanted == "cpu" or (wanted == "auto" and not has_graph):
-        return []
-    verdict = preflight(repository, this_machine())
-    if verdict.engine is None or (wanted == "tensorrt" and verdict.engine != "tensorrt"):
-        reasons = "; ".join(verdict.reasons or verdict.remarks)
-        advice = f"; build the plan here: {verdict.command}" if verdict.command else ""
-        raise UsageError(f"{repository}: {verdict.answer}: {reasons}{advice}")
-    for line in describe(verdict).splitlines():
-        _report(line)
-    return verdict.options
 
 
 def _announce(server: TritonServer, health_url: str | None) -> None:

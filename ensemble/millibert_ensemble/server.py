@@ -20,7 +20,7 @@ from types import TracebackType
 
 from millibert._errors import Timeout, Unavailable
 from millibert_ensemble import installation, processes, readiness, workspace
-from millibert_ensemble.models.bert.progress import RECORD_BYTES
+from millibert_ensemble.models.bert.progress import room
 from millibert_ensemble.ports import ANY_PORTS, EVERYWHERE, LOCALHOST, Ports, reserve
 from millibert_ensemble.processes import Stub
 
@@ -29,7 +29,7 @@ DRAIN_SECONDS = 30
 # Compiling a large model for this machine takes minutes at worst.
 START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
-# Names the file in which so many of the engine's instances tell the tokenizer how far they are.
+# Names the file in which so many instances of who computes tell the tokenizer how far they are.
 _PROGRESS, _INSTANCES = "MILLIBERT_PROGRESS", 16
 # Our only way to say "standard error, whatever Python has made of sys.stderr".
 _STDERR = 2
@@ -113,7 +113,7 @@ class TritonServer:
             self._installation = installation.prepare(self._workspace.folder)
         assert self._installation is not None
         progress = self._workspace.folder / "progress"
-        progress.write_bytes(bytes(_INSTANCES * RECORD_BYTES))
+        progress.write_bytes(bytes(room(_INSTANCES)))
         self._process = subprocess.Popen(
             self._command(),
             env={**self._installation.environment, _PROGRESS: str(progress)},

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tritonclient.grpc import model_config_pb2
 
 from millibert_build.tensorrt.profiles import profiles_of
 from millibert_build.tensorrt.target import Target
+from millibert_ensemble.contract import ADMISSION
 
 Config = Any  # model_config_pb2.ModelConfig, whose fields have no types
 # Any id of the vocabulary will do, but 0, which is padding.
@@ -40,6 +42,13 @@ def fill_native_config(template: Config, target: Target) -> Native:
 def fill_tokenizer_config(config: Config, target: Target) -> Config:
     """Tell the tokenizer the buckets of the padded layout; `config` is changed."""
     config.parameters["buckets"].string_value = json.dumps(list(target.buckets))
+    return config
+
+
+def fill_postprocess_config(config: Config) -> Config:
+    """Let the postprocessor tell how far the plan is, which cannot say so itself; `config` is changed."""
+    datatype = model_config_pb2.DataType.Value(f"TYPE_{ADMISSION.datatype}")
+    config.input.add(name=ADMISSION.name, data_type=datatype, dims=ADMISSION.shape)
     return config
 
 

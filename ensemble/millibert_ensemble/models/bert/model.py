@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,7 @@ class TritonPythonModel:
         self._max_tokens = int(config["parameters"]["max_tokens"]["string_value"])
         folder = Path(args["model_repository"]) / args["model_version"]
         self._host = Host(folder, config, pb_utils)
-        # The server names a file; the last part of an instance's name is its number.
-        told, instance = os.environ.get("MILLIBERT_PROGRESS"), int(args["model_instance_name"].rpartition("_")[2])
-        self._progress = Progress(Path(told) if told else None, instance, config["max_batch_size"])
+        self._progress = Progress.of(args)
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         labels = {"model": args["model_name"]}
         self._busy = self._family.Metric(labels={**labels, "reason": "busy"})
@@ -38,14 +35,14 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all waiting requests; what is wrong with one is told to that one only."""
-        begun = time.monotonic()
+        now = time.monotonic()
         responses: list[Any] = [None] * len(requests)
         good: dict[int, Any] = {}
-        late = last = 0
+        late, numbers = 0, []
         for index, request in enumerate(requests):
             deadline, number = _admission(request)
-            last = max(last, number)
-            if 1e6 * begun > deadline:
+            numbers.append(number)
+            if 1e6 * now > deadline:
                 responses[index] = _error("busy: no engine free in time", pb_utils.TritonError.UNAVAILABLE)
                 late += 1
                 continue
@@ -62,7 +59,7 @@ class TritonPythonModel:
             batch = list(good.values())
             for index, rows in zip(good, unpack(self._host.infer(batch), batch), strict=True):
                 responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("logits", rows)])
-        self._progress.executed(sum(map(len, good.values())), last, begun, time.monotonic())
+        self._progress.passed(sum(map(len, good.values())), numbers, time.monotonic())
         return responses
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from .progress import Progress
 from .ranking import Ranker, tensors
 
 # The same family in every model; monitoring adds them up.
@@ -16,13 +18,15 @@ _REFUSED = ("millibert_refused_requests_total", "Requests that a model answered 
 
 
 class TritonPythonModel:
-    """logits -> LABEL, SCORE, LABEL_ID, ACCEPTED."""
+    """logits (behind a plan: admission) -> LABEL, SCORE, LABEL_ID, ACCEPTED."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load labels and thresholds; problem type, temperature and default K are parameters of the config."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self._ranker = Ranker(Path(args["model_repository"]) / args["model_version"], parameters)
+        # A plan does not tell how far it is; what comes out of it does.
+        self._progress = Progress.of(args)
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         self._invalid = self._family.Metric(labels={"model": args["model_name"], "reason": "invalid"})
 
@@ -46,7 +50,14 @@ class TritonPythonModel:
                     responses[index] = _error(reason, pb_utils.TritonError.INTERNAL)
                 else:
                     responses[index] = pb_utils.InferenceResponse(tensors(answer, pb_utils))
+        self._progress.passed(sum(map(len, logits.values())), map(_number, requests), time.monotonic())
         return responses
+
+
+def _number(request: Any) -> int:
+    """That of the last text, as the tokenizer gave it; 0 where nobody sent one."""
+    admission = pb_utils.get_input_tensor_by_name(request, "admission")
+    return 0 if admission is None else int(admission.as_numpy()[0, 1])
 
 
 def _error(message: str, code: Any) -> Any:

@@ -1,19 +1,23 @@
 """Whether a request would wait for too long, so that it is told at once, before any work on it.
 
-The tokenizer numbers the texts that it lets in, and the engine's host says which of them it has finished, and how many
-it does in a second (`progress.py` of the engine). What lies between is in front of a request that comes now.
+The tokenizer numbers the texts that it lets in, and who computes them says which it has finished, and how many it does
+in a second (`progress.py` of the engine). What lies between is in front of a request that comes now.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# One instance of the engine's host, as it writes it: `until` when (seconds of the monotonic clock) the rest holds, the
+# How many texts were let in, by all instances of the tokenizer.
+_ADMITTED = struct.Struct("@Q")
+# One instance of who computes, as it writes it: `until` when (seconds of the monotonic clock) the rest holds, the
 # number of the last text that is `finished`, `texts_per_second`, and `most_texts` of an execution. And the CRC-32 of
 # these, since they may be read while they are written.
 _RECORD = struct.Struct("=4dQ")
@@ -22,8 +26,11 @@ _CHECKED = struct.calcsize("=4d")
 _IN_FRONT = 0.75
 
 
-class Busy(Exception):  # noqa: N818 - an answer more than an error
-    """What a request is told that would wait for too long."""
+class Asking(NamedTuple):
+    """A request that wants to be let in."""
+
+    texts: int
+    timeout_us: int  # how long it may wait
 
 
 class Engine(NamedTuple):
@@ -35,44 +42,59 @@ class Engine(NamedTuple):
 
 
 class Admission:
-    """Numbers the texts that it lets in, from 1 on.
+    """Numbers the texts that are let in, from 1 on.
 
-    `path` is the file that the engine's host writes. Without it all are let in.
+    `path` is the file of the server, in which instances of the tokenizer count together. Without it all are let in.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._admitted = 0
-        self._records = None
-        if path is not None:
-            with path.open("rb") as file:
-                self._records = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Open for as long as it is locked now and then.
+        self._file = path.open("r+b") if path is not None else None
+        self._told = mmap.mmap(self._file.fileno(), 0) if self._file is not None else mmap.mmap(-1, _ADMITTED.size)
 
     def engine(self, now: float) -> Engine | None:
         """How far the engine is at a monotonic time in seconds; None while it does not say, as it has little to do."""
-        if self._records is None:
-            return None
-        told = list(_read(self._records[:], now))
+        told = list(_read(self._told[_ADMITTED.size :], now))
         if not told:
             return None
         finished, rates, most = zip(*told, strict=True)
         return Engine(max(finished), sum(rates), sum(most))
 
-    def admit(self, texts: int, timeout_us: int, engine: Engine | None) -> int:
-        """The number of the last of these texts; raises `Busy` where they would wait for longer than the timeout."""
-        if engine is not None and 1e6 * self._wait(engine) > timeout_us:
-            raise Busy("busy: more texts wait for the engine than it computes in time")
-        self._admitted += texts
-        return self._admitted
+    def admit(self, requests: Sequence[Asking], now: float) -> list[int | None]:
+        """The number of the last text of each request; None for one that would wait for longer than it may."""
+        engine = self.engine(now)
+        numbers: list[int | None] = []
+        with self._locked():
+            admitted = _ADMITTED.unpack_from(self._told)[0]
+            for request in requests:
+                late = engine is not None and 1e6 * _wait(admitted, engine) > request.timeout_us
+                admitted += 0 if late else request.texts
+                numbers.append(None if late else admitted)
+            _ADMITTED.pack_into(self._told, 0, admitted)
+        return numbers
 
-    def _wait(self, engine: Engine) -> float:
-        """Seconds until a request that came now would be computed, at worst.
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """For other instances; the lock of one that dies ends with it."""
+        if self._file is None:
+            yield
+            return
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
-        All that is there is being computed or waits to be computed next, together with this request. That is about half
-        each, and as executions differ, up to three quarters are in front; where more waits than an execution takes, all
-        but half of one.
-        """
-        texts = self._admitted - engine.finished
-        return max(_IN_FRONT * texts, texts - engine.most_texts / 2) / engine.texts_per_second
+
+def _wait(admitted: int, engine: Engine) -> float:
+    """Seconds until a request that came now would be computed, at worst.
+
+    All that is there is being computed or waits to be computed next, together with this request. That is about half
+    each, and as executions differ, up to three quarters are in front; where more waits than an execution takes, all
+    but half of one.
+    """
+    texts = admitted - engine.finished
+    return max(_IN_FRONT * texts, texts - engine.most_texts / 2) / engine.texts_per_second
 
 
 def _read(records: bytes, now: float) -> Iterator[Engine]:
