@@ -44,6 +44,11 @@ def add(store, repository, **changes):
     return plan_store.publish(store, plan_of(repository, **changes), PLAN)
 
 
+def options(repository):
+    """What `millibert serve` would tell tritonserver."""
+    return engine_choice.engine_options(repository, "auto", lambda _: None)
+
+
 def command(repository, store, *options):
     return cli.main(["preflight", "--repository", str(repository), "--plans", str(store), *map(str, options)])
 
@@ -129,7 +134,7 @@ def test_a_repository_of_links_is_made(repository, store, tmp_path, capsys, mach
     assert (out / "bert" / "1" / "model.plan").resolve() == plan / "model.plan"
     verdict = preflight(out, HERE)
     assert (verdict.answer, verdict.engine, verdict.remarks) == ("usable", "tensorrt", ())
-    assert engine_choice.engine_options(out, "auto", [].append) == ["--model-config-name=tensorrt"]
+    assert options(out) == ["--model-config-name=tensorrt"]
 
 
 def test_links_lead_to_the_files_themselves(repository, store, tmp_path, machine, monkeypatch):
@@ -147,7 +152,7 @@ def test_the_cpu_engine_serves_where_the_release_lets_it(repository, store, tmp_
     assert (document["answer"], document["engine"]) == ("rebuild", "cpu")
     assert (document["exit_status"], document["repository"]) == (0, str(out))
     assert files(out) == sorted(set(files(repository)) - {"bert/1/model.plan", "bert/1/plan.json"})
-    assert engine_choice.engine_options(out, "auto", [].append) == []
+    assert options(out) == []
     machine(Machine(None, ()))
     assert command(repository, store, "--out", out) == 0
     assert capsys.readouterr().out.startswith("fall back: the CPU engine")
