@@ -23,7 +23,7 @@ FOREVER = 10**9
 @pytest.fixture
 def told(tmp_path: Path) -> Path:
     """The file, as the server makes it, with room for two instances."""
-    path = tmp_path / "progress"
+    path = tmp_path / "admission"
     path.write_bytes(bytes(room(2)))
     return path
 
@@ -254,7 +254,7 @@ def test_several_tokenizers_count_together(told: Path) -> None:
 
 @pytest.mark.parametrize(("tensors", "tells"), [(["logits", "admission"], True), (["logits"], False)])
 def test_who_gets_numbers_tells(monkeypatch: Any, admission: Admission, told: Path, tensors: Any, tells: bool) -> None:
-    monkeypatch.setenv("MILLIBERT_PROGRESS", str(told))
+    monkeypatch.setenv("MILLIBERT_ADMISSION", str(told))
     config = {"input": [{"name": name} for name in tensors], "max_batch_size": 64}
     progress = Progress.of({"model_config": json.dumps(config), "model_instance_name": "postprocess_0_1"})
     admit(admission, 128)

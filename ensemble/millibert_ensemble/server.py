@@ -29,8 +29,9 @@ DRAIN_SECONDS = 30
 # Compiling a large model for this machine takes minutes at worst.
 START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
-# Names the file in which so many instances of who computes tell the tokenizer how far they are.
-_PROGRESS, _INSTANCES = "MILLIBERT_PROGRESS", 16
+# Names the file in which the texts let in are counted, and so many instances of who computes tell how far they are.
+# Releases are older or newer than the server: where the file is laid out anew, it gets a new name.
+_ADMISSION, _INSTANCES = "MILLIBERT_ADMISSION", 16
 # Our only way to say "standard error, whatever Python has made of sys.stderr".
 _STDERR = 2
 
@@ -112,11 +113,11 @@ class TritonServer:
             self._workspace = workspace.Workspace()
             self._installation = installation.prepare(self._workspace.folder)
         assert self._installation is not None
-        progress = self._workspace.folder / "progress"
-        progress.write_bytes(bytes(room(_INSTANCES)))
+        admission = self._workspace.folder / "admission"
+        admission.write_bytes(bytes(room(_INSTANCES)))
         self._process = subprocess.Popen(
             self._command(),
-            env={**self._installation.environment, _PROGRESS: str(progress)},
+            env={**self._installation.environment, _ADMISSION: str(admission)},
             stdin=subprocess.DEVNULL,
             stdout=_STDERR,
             # Ctrl-C in a terminal is for us alone: a second SIGINT makes Triton drop what it is answering.

@@ -53,7 +53,7 @@ class Progress:
         """Of an instance of a model, as Triton describes it; one that gets no numbers tells nobody."""
         config = json.loads(instance["model_config"])
         numbered = any(tensor["name"] == "admission" for tensor in config["input"])
-        file = os.environ.get("MILLIBERT_PROGRESS") if numbered else None  # the server names it
+        file = os.environ.get("MILLIBERT_ADMISSION") if numbered else None  # the server names it
         number = int(instance["model_instance_name"].rpartition("_")[2])
         return cls(Path(file) if file else None, number, config["max_batch_size"])
 

@@ -44,7 +44,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self._buckets = json.loads(parameters.get("buckets", {"string_value": "[]"})["string_value"])
         self._timeout_us = int(parameters["queue_timeout_us"]["string_value"])
-        told = os.environ.get("MILLIBERT_PROGRESS")  # the server names a file
+        told = os.environ.get("MILLIBERT_ADMISSION")  # the server names a file
         self._admission = Admission(Path(told) if told else None)
         self._family = pb_utils.MetricFamily(*_REFUSED, pb_utils.MetricFamily.COUNTER)
         labels = {"model": args["model_name"]}
