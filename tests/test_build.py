@@ -108,7 +108,7 @@ def test_the_ensemble_connects_every_tensor(ensemble, bert, unused):
     for step in load_config("classify", ensemble).ensemble_scheduling.step:
         config = load_config(step.model_name, bert if step.model_name == "bert" else "config.pbtxt")
         if step.model_name == "postprocess" and bert != "config.pbtxt":
-            fill_postprocess_config(config)
+            fill_postprocess_config(config, 1)
         assert set(step.input_map) == {tensor.name for tensor in config.input}
         left |= {tensor.name for tensor in config.output} - set(step.output_map)
         assert set(step.input_map.values()) <= produced

@@ -88,7 +88,7 @@ def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
     out = tmp_path / "repository"
     options = ["--set", "serving.max_queue_delay_microseconds=700"]
     options += ["--set", "serving.queue_timeout_microseconds=300000", "--set", "serving.cache_texts=50"]
-    options += ["--set", "serving.cpu_fallback=false"]
+    options += ["--set", "serving.cpu_fallback=false", "--set", "serving.tokenizers=3"]
     done = release.build(out, None, "--precision", "fp32", "--tensorrt", "bf16", *options)
     assert done.returncode == 0, done.stderr
     for config in [*out.glob("*/config.pbtxt"), *out.glob("*/configs/*.pbtxt")]:
@@ -100,6 +100,10 @@ def test_the_scenarios_queues_are_in_every_config(release, tmp_path):
             assert not batching.HasField("default_queue_policy")
     assert parse_config(out / "tokenizer" / "config.pbtxt").parameters["queue_timeout_us"].string_value == "300000"
     assert parse_config(out / "bert" / "config.pbtxt").parameters["cache_texts"].string_value == "50"
+    # The CPU engine needs the CPUs itself; a plan does not.
+    for model, behind_a_plan in (("tokenizer", 3), ("postprocess", 2)):
+        configs = [parse_config(out / model / file) for file in ("config.pbtxt", "configs/tensorrt.pbtxt")]
+        assert [config.instance_group[0].count for config in configs] == [1, behind_a_plan]
     manifest = json.loads((out / "release.json").read_text())
     section = manifest["tensorrt"]
     assert manifest["cpu_fallback"] is False

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,20 +26,26 @@ with (CUSTOMER_SERVICE / "test.csv").open() as _file:
     TEXTS = [row["text"] for row in csv.DictReader(_file)][:MAX_TEXTS]
 
 
-@pytest.fixture(params=["as built", "several tokenizers", "a plan"])
+@pytest.fixture(params=["as built", "several tokenizers", "a plan", "a plan, several of each"])
 def server(request, repository):
     """With the CPU engine in the plan's place."""
     options = []
     if request.param == "several tokenizers":
-        path = repository / "tokenizer" / "config.pbtxt"
-        text, changed = re.subn(r"(instance_group \{\s*count: )1", r"\g<1>3", path.read_text())
-        assert changed == 1
-        rewrite(path, text)
-    if request.param == "a plan":
+        three_instances(repository / "tokenizer" / "config.pbtxt")
+    if request.param.startswith("a plan"):
         put_in_the_plans_place(repository)
         options = [NAMED]
+    if request.param == "a plan, several of each":
+        for model in ("tokenizer", "postprocess"):
+            three_instances(repository / model / "configs" / "tensorrt.pbtxt")
     with TritonServer(repository, options=options) as running:
         yield running
+
+
+def three_instances(config: Path) -> None:
+    text, changed = re.subn(r"(instance_group \{\s*count: )1", r"\g<1>3", config.read_text())
+    assert changed == 1
+    rewrite(config, text)
 
 
 def ask(server, texts: Sequence[str] = ("where is my parcel",), **parameters: Any) -> tuple[int, dict[str, Any]]:

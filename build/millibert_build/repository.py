@@ -145,13 +145,14 @@ def _write_native(folder: Path, scenario: Scenario, graph: TensorrtGraph) -> Non
     service.parameters.MergeFrom(parse_config(folder / scenario.name / CONFIG).parameters)
     _finish(service, ENSEMBLE_TEMPLATE, scenario)
     _write_config(folder / scenario.name / "configs" / f"{CONFIG_NAME}.pbtxt", service)
-    postprocess = fill_postprocess_config(parse_config(folder / contract.POSTPROCESS / CONFIG))
+    tokenizers = scenario.serving.tokenizers
+    tokenizer = fill_tokenizer_config(parse_config(folder / contract.TOKENIZER / CONFIG), target, tokenizers)
+    _finish(tokenizer, contract.TOKENIZER, scenario)
+    _write_config(folder / contract.TOKENIZER / "configs" / f"{CONFIG_NAME}.pbtxt", tokenizer)
+    # It has half of the work (docs/performance.md).
+    postprocess = fill_postprocess_config(parse_config(folder / contract.POSTPROCESS / CONFIG), -(-tokenizers // 2))
     _finish(postprocess, _BEHIND_PLAN, scenario)
     _write_config(folder / contract.POSTPROCESS / "configs" / f"{CONFIG_NAME}.pbtxt", postprocess)
-    if target.layout == "padded":
-        tokenizer = fill_tokenizer_config(parse_config(folder / contract.TOKENIZER / CONFIG), target)
-        _finish(tokenizer, contract.TOKENIZER, scenario)
-        _write_config(folder / contract.TOKENIZER / "configs" / f"{CONFIG_NAME}.pbtxt", tokenizer)
 
 
 def _finish(config: model_config_pb2.ModelConfig, template: str, scenario: Scenario) -> None:

@@ -162,6 +162,9 @@ class Serving(_Strict):
     request may ask for less, by its parameter `queue_timeout_ms`."""
     cache_texts: Annotated[int, Field(ge=0)] = 0
     """Keep the engine's answers to so many texts, those used last; for traffic that repeats itself. 0: none."""
+    tokenizers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that tokenize for a TensorRT plan; half as many postprocess. One does about 25,000 texts a second in
+    large requests (docs/performance.md). The CPU engine has one: it needs the CPUs itself."""
     cpu_fallback: bool = True
     """Whether the CPU engine may serve on a machine that was meant to serve a TensorRT plan, and that none fits."""
 

@@ -34,12 +34,14 @@ def served_by(server: TritonServer) -> str:
 
 
 def memory_mib(server: TritonServer) -> dict[str, float]:
-    """Resident memory of tritonserver and of each model's process, in MiB.
+    """Resident memory of tritonserver and of each model's processes, in MiB.
 
     Raises `UsageError` where one of them has ended.
     """
-    pids = {"tritonserver": server.pid, **{stub.model: stub.pid for stub in processes.stubs(server.pid)}}
+    found: dict[str, float] = {}
     try:
-        return {name: psutil.Process(pid).memory_info().rss / 2**20 for name, pid in pids.items()}
+        for pid, name in ((server.pid, "tritonserver"), *processes.stubs(server.pid)):
+            found[name] = found.get(name, 0.0) + psutil.Process(pid).memory_info().rss / 2**20
+        return found
     except psutil.NoSuchProcess as error:
         raise UsageError(f"a process of the server has ended: {error}") from error

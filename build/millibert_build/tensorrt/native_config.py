@@ -39,14 +39,17 @@ def fill_native_config(template: Config, target: Target) -> Native:
     return Native(template, _add_warmup(template, target))
 
 
-def fill_tokenizer_config(config: Config, target: Target) -> Config:
-    """Tell the tokenizer the buckets of the padded layout; `config` is changed."""
-    config.parameters["buckets"].string_value = json.dumps(list(target.buckets))
+def fill_tokenizer_config(config: Config, target: Target, instances: int) -> Config:
+    """How many tokenize; and the buckets of the padded layout. `config` is changed."""
+    config.instance_group[0].count = instances
+    if target.layout == "padded":
+        config.parameters["buckets"].string_value = json.dumps(list(target.buckets))
     return config
 
 
-def fill_postprocess_config(config: Config) -> Config:
-    """Let the postprocessor tell how far the plan is, which cannot say so itself; `config` is changed."""
+def fill_postprocess_config(config: Config, instances: int) -> Config:
+    """How many postprocess; and let them tell how far the plan is, which cannot say so itself. `config` is changed."""
+    config.instance_group[0].count = instances
     datatype = model_config_pb2.DataType.Value(f"TYPE_{ADMISSION.datatype}")
     config.input.add(name=ADMISSION.name, data_type=datatype, dims=ADMISSION.shape)
     return config
