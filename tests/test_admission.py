@@ -172,6 +172,19 @@ def test_where_executions_are_small_half_of_one_says_enough(admission: Admission
     assert admission.engine(NOW + 0.1) == Engine(16, about(80), 16)
 
 
+def test_a_request_that_was_wrong_says_nothing_where_executions_are_of_one_text(
+    admission: Admission, told: Path
+) -> None:
+    progress = Progress(told, 0, 1)
+    admit(admission, 4)
+    progress.passed(1, [1], NOW)
+    progress.passed(0, [2], NOW + 0.1)
+    assert admission.engine(NOW + 0.1) is None
+    progress.passed(1, [3], NOW + 0.2)
+    assert admission.engine(NOW + 0.2) == Engine(3, about(5), 1)
+    assert admission.admit([Asking(1, 100 * MS), Asking(1, 1000 * MS)], NOW + 0.2) == [None, 5]
+
+
 @pytest.mark.parametrize(("seconds", "holds"), [(0.1, 1.0), (2.0, 6.0)])
 def test_a_rate_holds_for_a_second_or_three_executions(
     admission: Admission, progress: Progress, seconds: float, holds: float

@@ -81,7 +81,7 @@ def test_what_would_wait_for_too_long_is_not_even_tokenized(server):
     assert all(" busy: " in answer["error"] for status, answer in found if status == 503)
     assert refused_by(server, "tokenizer") > 0
     # It is over at once.
-    assert labels(ask(server, TEXTS)[1]) == expected
+    assert labels(ask(server, TEXTS, queue_timeout_ms=1000)[1]) == expected
 
 
 @pytest.mark.parametrize("tensorrt_release", ["packed"], indirect=True)

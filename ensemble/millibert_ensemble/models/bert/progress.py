@@ -39,7 +39,8 @@ class Progress:
     """
 
     def __init__(self, path: Path | None, instance: int, most_texts: int) -> None:
-        self._most, self._telling = most_texts, min(_TELLING, most_texts // 2)
+        # One at least: a stretch of none would have a rate of 0.
+        self._most, self._telling = most_texts, max(1, min(_TELLING, most_texts // 2))
         self._finished, self._rate, self._until = 0, 0.0, float("-inf")
         # The stretch: since when, the last number that waited then (0: too few did), texts computed.
         self._since, self._waited, self._computed = 0.0, 0, 0
