@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from tests.conftest import rewrite
 
 from load import released
 from millibert import UsageError, cli
-from millibert_ensemble import engine_choice, preflight_command
+from millibert_ensemble import engine_choice, preflight_command, processes
 from millibert_ensemble.engine_choice import engine_options
 from millibert_ensemble.machine import Gpu, Machine
 from millibert_ensemble.plan_manifest import PlanManifest, load_plan_manifest
 from millibert_ensemble.preflight import STATUS, preflight
+from millibert_ensemble.processes import Stub
 
 H100, A100, T4 = (
     Gpu("NVIDIA H100", "9.0", 80 << 30, "580.1"),
@@ -365,6 +367,14 @@ def test_benchmarks_measure_the_engine_that_serve_takes(planned, monkeypatch, ca
     assert capsys.readouterr().err.startswith("usable: the TensorRT plan")
     server = released.serve(parser.parse_args([*given, "--engine", "cpu"]))
     assert (released.served_by(server), server.options) == ("cpu", [])
+
+
+def test_memory_is_that_of_all_instances_of_a_model(monkeypatch):
+    here = os.getpid()
+    monkeypatch.setattr(processes, "stubs", lambda _: [Stub(here, name) for name in ("tokenizer", "tokenizer", "bert")])
+    found = released.memory_mib(SimpleNamespace(pid=here))
+    assert found["tokenizer"] == pytest.approx(2 * found["bert"], rel=0.05)
+    assert found["tritonserver"] == pytest.approx(found["bert"], rel=0.05)
 
 
 def test_serve_says_why_it_cannot_take_the_plan(planned, monkeypatch, capsys):
