@@ -372,7 +372,8 @@ def test_benchmarks_measure_the_engine_that_serve_takes(planned, monkeypatch, ca
 def test_memory_is_that_of_all_instances_of_a_model(monkeypatch):
     here = os.getpid()
     monkeypatch.setattr(processes, "stubs", lambda _: [Stub(here, name) for name in ("tokenizer", "tokenizer", "bert")])
-    found = released.memory_mib(SimpleNamespace(pid=here))
+    server: Any = SimpleNamespace(pid=here)
+    found = released.memory_mib(server)
     assert found["tokenizer"] == pytest.approx(2 * found["bert"], rel=0.05)
     assert found["tritonserver"] == pytest.approx(found["bert"], rel=0.05)
 
